@@ -1,0 +1,1 @@
+"""The APT inference server: engine, HTTP and WebSocket API, Ray Serve deployment."""

