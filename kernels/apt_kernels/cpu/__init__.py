@@ -1,0 +1,1 @@
+"""The ops that processors get a faster version of than the reference."""

@@ -1,0 +1,125 @@
+"""Every op in plain PyTorch: specification, test oracle, benchmark baseline and last resort.
+
+Shapes: T packed tokens, B sequences, H query heads, K kv heads, D head_dim, C hidden size, N blocks, P block size.
+Written for clarity; all of it is differentiable except `store_kv`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm (arXiv 1910.07467) over the last dimension, in at least float32: [..., C] -> [..., C]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype)
+
+
+def fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The new residual stream x + residual, and its RMSNorm: (normed, residual), both [T, C]."""
+    residual = x + residual
+    return rms_norm(residual, weight, eps), residual
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each head by its position (arXiv 2104.09864), halves paired as in Hugging Face checkpoints.
+
+    Args:
+        x: [T, heads, D].
+        cos, sin: [T, D/2], of x's dtype.
+    """
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def store_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write each token's key and value [T, K, D] into its slot of the caches [N, P, K, D]; slot -1 is skipped."""
+    is_stored = slot_mapping >= 0
+    if not bool(is_stored.all()):
+        slot_mapping, key, value = slot_mapping[is_stored], key[is_stored], value[is_stored]
+    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
+    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention of packed queries over a paged KV cache, prefill and decode mixed.
+
+    The q queries of a sequence are the last q of its context: query i sees keys 0 .. context_len - q + i.
+
+    Args:
+        query: [T, H, D].
+        key_cache, value_cache: [N, P, K, D]; H is a multiple of K.
+        cu_seqlens_q: [B+1] int32. context_lens: [B] int32. block_tables: [B, max_blocks] int32.
+        scale: multiplies the scores. window: a query sees at most this many keys, itself included.
+
+    Returns:
+        [T, H, D].
+    """
+    block_size = key_cache.shape[1]
+    out = torch.empty_like(query)
+    starts, contexts = cu_seqlens_q.tolist(), context_lens.tolist()
+    for b, context_len in enumerate(contexts):
+        blocks = block_tables[b, : -(-context_len // block_size)].long()
+        keys = key_cache[blocks].flatten(0, 1)[:context_len]
+        values = value_cache[blocks].flatten(0, 1)[:context_len]
+        rows = slice(starts[b], starts[b + 1])
+        out[rows] = _attend(query[rows], keys, values, scale, window)
+    return out
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention within each packed sequence, without a cache: q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
+    bounds = cu_seqlens.tolist()
+    spans = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return torch.cat([_attend(query[s], key[s], value[s], scale, window) for s in spans])
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's gate (arXiv 2002.05202): silu(gate) * up, gate and up side by side: [T, 2 I] -> [T, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def causal_mask(num_queries: int, context_len: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[num_queries, context_len] bool, True where a query may look; queries are the last of the context."""
+    q_pos = torch.arange(context_len - num_queries, context_len, device=device).unsqueeze(1)
+    k_pos = torch.arange(context_len, device=device).unsqueeze(0)
+    mask = k_pos <= q_pos
+    return mask if window is None else mask & (k_pos > q_pos - window)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+    """One sequence: q [t, H, D] over k, v [L, K, D]; scores and softmax in at least float32."""
+    group = q.shape[1] // k.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.repeat_interleave(group, dim=1).to(wide) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k) * scale
+    scores = scores.masked_fill(~causal_mask(q.shape[0], k.shape[0], window, q.device), float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
