@@ -23,6 +23,8 @@ class Sequence:
     """Of this sequence's own random stream."""
     max_tokens: int
     """Most output tokens, context length considered; 0 only scores the prompt."""
+    index: int = 0
+    """Which of the request's n choices."""
     priority: int = 0
     arrival_time: float = 0.0
     """time.monotonic() at which the request arrived."""
@@ -40,19 +42,25 @@ class Sequence:
     """Chained hashes of the leading full blocks of token_ids; computed once each."""
     slot: int = -1
     """Row in the model runner's persistent batch while running; -1 otherwise."""
+    has_been_scheduled: bool = False
+    """Whether it ever ran, even if it waits again after a preemption."""
 
     @property
     def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
         return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
+        """Output tokens so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
+        """Tokens whose keys and values are not in the cache; at least one while the sequence goes on."""
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt's own tokens are scored."""
         return self.sampling.prompt_logprobs is not None

@@ -48,6 +48,7 @@ class StepInput:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens to compute, of all sequences."""
         return sum(s.num_tokens for s in self.scheduled)
 
 
