@@ -28,6 +28,14 @@ class _Plan:
     is_closed: bool = False
     """Nobody else may join: the next in line does not fit, and nobody overtakes."""
 
+    def take(self, seq: Sequence, num_tokens: int, new_block_ids: tuple[int, ...]) -> None:
+        """Schedule the sequence's next tokens."""
+        start, num_known = seq.num_computed_tokens, len(seq.token_ids)
+        samples = start + num_tokens == num_known and num_known - seq.num_prompt_tokens < seq.max_tokens
+        scheduled = ScheduledSequence(seq.slot, seq.seq_id, start, num_tokens, new_block_ids, samples)
+        (self.single if num_tokens == 1 else self.chunks).append(scheduled)
+        self.budget -= num_tokens
+
 
 class Scheduler:
     """Fills each step's token budget; there is no prefill phase and no decode phase.
@@ -203,7 +211,10 @@ class Scheduler:
                 block_ids=tuple(matched),
             )
         )
-        self._take_tokens(seq, min(seq.num_uncomputed_tokens, plan.budget - len(pending)), plan)
+        num_tokens = min(seq.num_uncomputed_tokens, plan.budget - len(pending))
+        new_blocks = self._blocks.allocate(seq, num_tokens)
+        assert new_blocks is not None
+        plan.take(seq, num_tokens, new_blocks)
 
     def _make_room(self, seq: Sequence, pending: deque[Sequence], plan: _Plan) -> list[int] | None:
         """Cached blocks from which the sequence can start now, or None if it has to wait on.
@@ -237,27 +248,15 @@ class Scheduler:
         """Give a running sequence its share; if there is no block for it, preempt from the end of ``pending``."""
         num_tokens = min(seq.num_uncomputed_tokens, plan.budget - len(pending))
         assert num_tokens > 0
-        while (num_fitting := self._blocks.num_tokens_that_fit(seq)) <= 0 and pending:
-            self._preempt(pending.pop(), plan)
-        if num_fitting <= 0:
-            plan.is_closed = True  # it pauses, and nobody who comes after it may take the blocks it waits for
-        else:
-            self._take_tokens(seq, min(num_tokens, num_fitting), plan)
-
-    def _take_tokens(self, seq: Sequence, num_tokens: int, plan: _Plan) -> None:
-        new_blocks = self._blocks.allocate(seq, num_tokens)
-        assert new_blocks is not None
-        start = seq.num_computed_tokens
-        scheduled = ScheduledSequence(
-            slot=seq.slot,
-            seq_id=seq.seq_id,
-            start=start,
-            num_tokens=num_tokens,
-            new_block_ids=new_blocks,
-            samples=start + num_tokens == seq.num_tokens and seq.num_output_tokens < seq.max_tokens,
-        )
-        (plan.single if num_tokens == 1 else plan.chunks).append(scheduled)
-        plan.budget -= num_tokens
+        while (new_blocks := self._blocks.allocate(seq, num_tokens)) is None:
+            if num_fitting := self._blocks.num_tokens_that_fit(seq):
+                num_tokens = num_fitting
+            elif pending:
+                self._preempt(pending.pop(), plan)
+            else:
+                plan.is_closed = True  # it pauses, and nobody who comes after it may take the blocks it waits for
+                return
+        plan.take(seq, num_tokens, new_blocks)
 
     def _note_first_schedule(self, seq: Sequence) -> None:
         seq.has_been_scheduled = True
