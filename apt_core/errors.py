@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 
 class AptError(Exception):
-    """Base of every error APT raises on purpose."""
+    """Base of every error APT raises on purpose. Survives pickling with its fields, as errors cross processes."""
+
+    def __reduce__(self) -> tuple[Callable[..., AptError], tuple[type[AptError], tuple[object, ...], dict[str, object]]]:
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
 
 
 class ConfigError(AptError, ValueError):
@@ -51,3 +55,10 @@ class InvalidRequestError(AptError, ValueError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+def _rebuild(cls: type[AptError], args: tuple[object, ...], fields: dict[str, object]) -> AptError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(fields)
+    return error

@@ -14,7 +14,9 @@ class StepRecord:
 
     duration_s: float
     num_prompt_tokens: int
-    """Prompt tokens computed in this step."""
+    """Prompt tokens of the requests first scheduled in this step, each request counted once, cached tokens included."""
+    num_computed_tokens: int
+    """Tokens the model computed: chunks of prompts, generated tokens, and what a preemption made it compute again."""
     num_generated_tokens: int
     num_preemptions: int
     inter_token_latencies_s: tuple[float, ...]
@@ -35,6 +37,7 @@ class FinishRecord:
 
     reason: FinishReason
     num_prompt_tokens: int
+    """0 for all but the first choice of a request, so that sums add up to the requests' usage."""
     num_generated_tokens: int
     e2e_latency_s: float
 

@@ -10,6 +10,8 @@ from apt_core.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
 """Most alternatives per position that can be asked for (OpenAI's limit for chat)."""
+SMALLEST_TEMPERATURE = 1e-5
+"""Temperatures below it mean 0."""
 MAX_N = 128
 """Most choices one request may ask for (OpenAI's limit)."""
 
@@ -87,8 +89,8 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is taken exactly."""
-        return self.temperature == 0.0
+        """Whether the most likely token is taken exactly: at temperature 0, and where dividing by it would overflow."""
+        return self.temperature < SMALLEST_TEMPERATURE
 
 
 _RANGES = (

@@ -49,8 +49,9 @@ def paged_attention(
     """
     _check_heads(query, key_cache.shape[2], "key_cache")
     _require(key_cache.shape == value_cache.shape, "value_cache", "must have key_cache's shape")
-    _require(cu_seqlens_q.shape[0] == context_lens.shape[0] + 1, "cu_seqlens_q", "must have one more entry than context_lens")
-    _require(block_tables.shape[0] == context_lens.shape[0], "block_tables", "must have one row per sequence")
+    num_seqs = context_lens.shape[0]
+    _require(cu_seqlens_q.shape[0] == num_seqs + 1, "cu_seqlens_q", "must have one more entry than context_lens")
+    _require(block_tables.shape[0] == num_seqs, "block_tables", "must have one row per sequence")
     if query.device.type == "cpu":
         return cpu_attention.paged_attention(
             query, key_cache, value_cache, cu_seqlens_q, context_lens, block_tables, num_decodes, scale, window

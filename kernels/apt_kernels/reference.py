@@ -6,6 +6,8 @@ Written for clarity; all of it is differentiable except `store_kv`.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -97,7 +99,7 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Causal attention within each packed sequence, without a cache: q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
     bounds = cu_seqlens.tolist()
-    spans = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    spans = [slice(start, end) for start, end in pairwise(bounds)]
     return torch.cat([_attend(query[s], key[s], value[s], scale, window) for s in spans])
 
 

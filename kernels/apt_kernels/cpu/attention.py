@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -22,11 +24,10 @@ def paged_attention(
     """As `reference.paged_attention`; the leading num_decodes sequences, of one query each, run as dense batches."""
     out = torch.empty_like(query)
     contexts = context_lens.tolist()
-    for rows in _buckets(contexts[:num_decodes]):
+    for padded_len, rows in _buckets(contexts[:num_decodes]).items():
         index = torch.tensor(rows)
-        longest = max(contexts[r] for r in rows)
         out[index] = _decode(
-            query[index], key_cache, value_cache, context_lens[index], block_tables[index], longest, scale, window
+            query[index], key_cache, value_cache, context_lens[index], block_tables[index], padded_len, scale, window
         )
     starts = cu_seqlens_q.tolist()
     for b in range(num_decodes, len(contexts)):
@@ -48,27 +49,31 @@ def varlen_attention(
 ) -> torch.Tensor:
     """As `reference.varlen_attention`."""
     bounds = cu_seqlens.tolist()
-    spans = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    spans = [slice(start, end) for start, end in pairwise(bounds)]
     return torch.cat([_attend(query[s], key[s], value[s], scale, window) for s in spans])
 
 
-def _buckets(context_lens: list[int]) -> list[list[int]]:
-    """Row numbers grouped so that within a group no context is more than twice as long as another.
+def _buckets(context_lens: list[int]) -> dict[int, list[int]]:
+    """Row numbers by the length their contexts are padded to: 64, 128, 256, ...
 
-    A group is padded to its longest context, so at most half of what it reads is padding.
+    A context's padding depends on its own length only, so a sequence's result does not depend on its batch mates, and at
+    most half of what is read is padding.
     """
     buckets: dict[int, list[int]] = {}
     for row, length in enumerate(context_lens):
-        buckets.setdefault(max(length, 64).bit_length(), []).append(row)
-    return list(buckets.values())
+        buckets.setdefault(max(64, 1 << (length - 1).bit_length()), []).append(row)
+    return buckets
 
 
-def _gather(cache: torch.Tensor, block_tables: torch.Tensor, longest: int) -> torch.Tensor:
-    """Blocks of each sequence side by side: [N, P, K, D] and [B, max_blocks] -> [B, L, K, D], L = longest."""
-    num_blocks = -(-longest // cache.shape[1])
-    tables = block_tables[:, :num_blocks]
+def _gather(cache: torch.Tensor, block_tables: torch.Tensor, length: int) -> torch.Tensor:
+    """Blocks of each sequence side by side: [N, P, K, D] and [B, max_blocks] -> [B, length, K, D].
+
+    Where a table is shorter than the length, its sequence is padded with block 0, which the caller masks.
+    """
+    num_blocks = -(-length // cache.shape[1])
+    tables = F.pad(block_tables, (0, max(num_blocks - block_tables.shape[1], 0)))[:, :num_blocks]
     gathered = cache.index_select(0, tables.reshape(-1))
-    return gathered.view(tables.shape[0], -1, *cache.shape[2:])[:, :longest]
+    return gathered.view(tables.shape[0], -1, *cache.shape[2:])[:, :length]
 
 
 def _decode(
@@ -77,14 +82,14 @@ def _decode(
     value_cache: torch.Tensor,
     context_lens: torch.Tensor,
     block_tables: torch.Tensor,
-    longest: int,
+    padded_len: int,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
     """One query a sequence, [B, H, D]: the heads that share a kv head are the rows of one small matrix product."""
     num_kv_heads = key_cache.shape[2]
-    keys, values = (_gather(cache, block_tables, longest).transpose(1, 2) for cache in (key_cache, value_cache))
-    k_pos = torch.arange(longest)
+    keys, values = (_gather(cache, block_tables, padded_len).transpose(1, 2) for cache in (key_cache, value_cache))
+    k_pos = torch.arange(padded_len)
     mask = k_pos < context_lens.unsqueeze(1)
     if window is not None:
         mask &= k_pos >= context_lens.unsqueeze(1) - window

@@ -1,7 +1,8 @@
 """Matrix product with weights packed once into oneDNN's blocked layout.
 
 `F.linear` packs the weight at every call, which halves the speed of a small batch. oneDNN picks the layout for a
-batch size; the one for PACK_BATCH serves from 1 row to hundreds within a few per cent of the best.
+batch size; the one for PACK_BATCH serves from 1 row to hundreds within a few per cent of the best, and a row's result
+does not depend on how many other rows there are.
 """
 
 from __future__ import annotations
@@ -29,5 +30,12 @@ def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:
 
 def packed_linear(x: torch.Tensor, packed_weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[T, in] -> [T, out]."""
+    if x.shape[0] == 1 and x.dtype == torch.float32:
+        # oneDNN sums a lone float32 row in another order than a row among others: give it company.
+        return _linear(x.expand(2, -1), packed_weight, bias)[:1]
+    return _linear(x, packed_weight, bias)
+
+
+def _linear(x: torch.Tensor, packed_weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed_weight, bias, "none", [], "")
     return out

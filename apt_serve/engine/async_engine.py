@@ -1,0 +1,254 @@
+"""The native engine behind the EngineClient protocol: its own thread beside the event loop, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+
+from apt_serve.engine.client import (
+    Capability,
+    EngineOverloadedError,
+    EngineStats,
+    EngineStoppedError,
+    GenerationFailedError,
+    GenerationOutput,
+    GenerationRequest,
+    ModelInfo,
+)
+from apt_serve.engine.config import EngineConfig
+from apt_serve.engine.engine import Engine, SequenceDelta
+from apt_serve.engine.mailbox import Mailbox
+from apt_serve.engine.metrics import MetricsSink
+from apt_serve.engine.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+Command = Callable[[Engine], None]
+
+
+class AsyncEngine:
+    """Runs an Engine on a thread of its own.
+
+    The event loop sends commands (add, abort) through a queue; the thread applies them between steps and hands each step's
+    deltas to the loop in one call. Admission is decided on the loop, where the number of unfinished sequences is
+    exact.
+    """
+
+    def __init__(self, config: EngineConfig, metrics: MetricsSink | None = None) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._engine: Engine | None = None
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._mailboxes: dict[str, Mailbox] = {}
+        """By the id of each unfinished sequence."""
+        self._thread = threading.Thread(target=self._run, name="apt-engine", daemon=True)
+        self._started: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = asyncio.Event()
+        self._refusal: Exception | None = None
+        """Why no new requests are taken: shutting down, or dead."""
+        self._progress_at = time.monotonic()
+        self._finished_at = time.monotonic()
+        self._finish_interval_s = 1.0
+        """Moving average of the time between two sequences' ends, while there is work."""
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model being served."""
+        return self._require_engine().model
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """Everything there is."""
+        return frozenset(Capability)
+
+    async def start(self) -> None:
+        """See EngineClient; raises what loading raises."""
+        self._loop = asyncio.get_running_loop()
+        self._started = self._loop.create_future()
+        self._idle.set()
+        self._thread.start()
+        await self._started
+        gc.collect()
+        gc.freeze()  # the model and its modules are here to stay: keep them out of every later collection
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """See EngineClient."""
+        self._refusal = EngineStoppedError("The engine is shutting down.")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        for seq_id in list(self._mailboxes):
+            self._abort(seq_id)
+        self._commands.put(None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def check(self, request: GenerationRequest) -> None:
+        """See EngineClient."""
+        self._require_engine().check(request)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationOutput, None]:
+        """See EngineClient."""
+        engine = self._require_engine()
+        engine.check(request)
+        self._admit(request.sampling.n)
+        mailbox = Mailbox(request.sampling.n)
+        sequences = engine.sequences_of(request)
+        for seq in sequences:
+            self._submit(seq, mailbox)
+        try:
+            while outputs := await mailbox.take():
+                for output in outputs:
+                    if output.finish_reason == "error":
+                        raise GenerationFailedError("The engine failed while it computed this request.")
+                    yield output
+        finally:
+            for seq in sequences:
+                self._abort(seq.seq_id)
+
+    def stats(self) -> EngineStats:
+        """See EngineClient."""
+        engine = self._engine
+        is_busy = bool(self._mailboxes)
+        since_progress = time.monotonic() - self._progress_at if is_busy else 0.0
+        return EngineStats(
+            num_running=engine.num_running if engine else 0,
+            num_waiting=max(len(self._mailboxes) - engine.num_running, 0) if engine else 0,
+            num_kv_blocks=engine.num_kv_blocks if engine else 0,
+            num_kv_blocks_used=engine.num_kv_blocks_used if engine else 0,
+            is_alive=engine is not None and self._thread.is_alive(),
+            seconds_since_progress=since_progress,
+            is_stalled=since_progress > self._config.stall_timeout_s,
+        )
+
+    def _require_engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineStoppedError("The engine has not started.")
+        return self._engine
+
+    def _admit(self, num_sequences: int) -> None:
+        """Refuse when stopping, dead or full. A request of n choices takes n places."""
+        if self._refusal is not None:
+            raise self._refusal
+        num_unfinished = len(self._mailboxes)
+        capacity = self._config.max_num_seqs + self._config.max_waiting_requests
+        if num_unfinished and num_unfinished + num_sequences > capacity:
+            excess = num_unfinished + num_sequences - capacity
+            retry_after_s = min(max(math.ceil(excess * self._finish_interval_s), 1), 60)
+            raise EngineOverloadedError(
+                f"{num_unfinished} generations are running or waiting, {capacity} is the limit; "
+                f"try again in {retry_after_s} s.",
+                retry_after_s=retry_after_s,
+            )
+
+    def _submit(self, seq: Sequence, mailbox: Mailbox) -> None:
+        if not self._mailboxes:
+            self._progress_at = self._finished_at = time.monotonic()
+        self._mailboxes[seq.seq_id] = mailbox
+        self._idle.clear()
+        self._commands.put(lambda engine: self._add(engine, seq))
+
+    def _abort(self, seq_id: str) -> None:
+        """Drop an unfinished sequence; its reader gets what there is, with finish_reason "abort"."""
+        if seq_id in self._mailboxes:
+            self._commands.put(lambda engine: self._deliver_later([engine.abort(seq_id)]))
+
+    def _deliver(self, deltas: list[SequenceDelta]) -> None:
+        """On the loop: put deltas into their mailboxes."""
+        for delta in deltas:
+            mailbox = self._mailboxes.get(delta.seq_id)
+            if mailbox is None:
+                continue
+            mailbox.put(delta.output)
+            if delta.output.finish_reason is not None:
+                del self._mailboxes[delta.seq_id]
+                self._note_finish()
+
+    def _note_finish(self) -> None:
+        now = time.monotonic()
+        self._finish_interval_s += 0.1 * (now - self._finished_at - self._finish_interval_s)
+        self._finished_at = now
+        if not self._mailboxes:
+            self._idle.set()
+
+    def _fail_one(self, seq_id: str, error: Exception) -> None:
+        """On the loop: a sequence never got into the engine."""
+        self._mailboxes.pop(seq_id).fail(error)
+        self._note_finish()
+
+    def _fail_all(self, error: Exception) -> None:
+        """On the loop: no sequence will get anything any more."""
+        self._refusal = EngineStoppedError(str(error))
+        for mailbox in self._mailboxes.values():
+            mailbox.fail(error)
+        self._mailboxes.clear()
+        self._idle.set()
+
+    # The rest runs on the engine's thread.
+
+    def _run(self) -> None:
+        """The engine's thread: load, then step until told to stop."""
+        try:
+            self._engine = Engine(self._config, self._metrics)
+        except Exception as error:
+            self._on_loop(self._started_with, error)
+            return
+        self._on_loop(self._started_with, None)
+        error: Exception = EngineStoppedError("The engine is shutting down.")
+        try:
+            while self._apply_commands(self._engine):
+                num_steps = self._engine.num_steps
+                deltas = self._engine.step()
+                if self._engine.num_steps > num_steps:
+                    self._progress_at = time.monotonic()
+                if deltas:
+                    self._deliver_later(deltas)
+        except Exception as cause:
+            log.exception("the engine has died")
+            error = GenerationFailedError(f"The engine has died: {cause}")
+        self._on_loop(self._fail_all, error)
+
+    def _apply_commands(self, engine: Engine) -> bool:
+        """Apply what has been asked since the last step, waiting if there is nothing to compute; False means stop."""
+        is_blocking = not engine.has_work
+        while True:
+            try:
+                command = self._commands.get(block=is_blocking)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command(engine)
+            is_blocking = False
+
+    def _add(self, engine: Engine, seq: Sequence) -> None:
+        try:
+            engine.add(seq)
+        except Exception as error:
+            log.exception("sequence %s could not be added", seq.seq_id)
+            self._on_loop(self._fail_one, seq.seq_id, error)
+
+    def _deliver_later(self, deltas: list[SequenceDelta | None]) -> None:
+        self._on_loop(self._deliver, [delta for delta in deltas if delta is not None])
+
+    def _started_with(self, error: Exception | None) -> None:
+        assert self._started is not None
+        if self._started.cancelled():
+            return
+        if error is None:
+            self._started.set_result(None)
+        else:
+            self._started.set_exception(error)
+
+    def _on_loop(self, function: Callable[..., None], *args: object) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop has closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(function, *args)

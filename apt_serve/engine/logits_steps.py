@@ -1,0 +1,168 @@
+"""Changes to the logits before a token is chosen, each a step of its own, applied in the sampler's order.
+
+A step keeps state only for the slots that use it, so a request without it costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from apt_serve.engine.sampling_params import SamplingParams
+from apt_serve.engine.step import AddedSequence
+
+IntArray = npt.NDArray[np.int64]
+State = TypeVar("State")
+
+
+class LogitsStep(Protocol):
+    """One change to the logits of the slots that ask for it."""
+
+    def add(self, sequence: AddedSequence) -> None:
+        """A sequence took its slot (also after a preemption)."""
+
+    def remove(self, slot: int) -> None:
+        """The slot was given up."""
+
+    def touches(self, slots: IntArray) -> bool:
+        """Whether any of these slots uses this step."""
+
+    def apply(self, logits: torch.Tensor, slots: IntArray) -> None:
+        """Change logits [R, V] in place; slots [R] names each row's slot."""
+
+    def accept(self, slots: IntArray, token_ids: torch.Tensor) -> None:
+        """The tokens [R] that were chosen for these slots."""
+
+
+class SlotStates(Generic[State]):
+    """State by slot, for the slots that use a step."""
+
+    def __init__(self) -> None:
+        self._states: dict[int, State] = {}
+
+    def remove(self, slot: int) -> None:
+        """See LogitsStep."""
+        self._states.pop(slot, None)
+
+    def touches(self, slots: IntArray) -> bool:
+        """See LogitsStep."""
+        return bool(self._states) and any(slot in self._states for slot in slots.tolist())
+
+    def accept(self, slots: IntArray, token_ids: torch.Tensor) -> None:
+        """See LogitsStep."""
+
+    def _rows(self, slots: IntArray) -> list[tuple[int, State]]:
+        """(row, state) of the rows that use this step."""
+        if not self._states:
+            return []
+        states = self._states
+        return [(row, states[slot]) for row, slot in enumerate(slots.tolist()) if slot in states]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bias:
+    token_ids: torch.Tensor
+    values: torch.Tensor
+
+
+class LogitBias(SlotStates[_Bias]):
+    """logit_bias: add a number to some tokens' logits."""
+
+    def add(self, sequence: AddedSequence) -> None:
+        """See LogitsStep."""
+        bias = sequence.sampling.logit_bias
+        self.remove(sequence.slot)
+        if bias:
+            token_ids = torch.tensor(list(bias.keys()), dtype=torch.int64)
+            self._states[sequence.slot] = _Bias(token_ids, torch.tensor(list(bias.values())))
+
+    def apply(self, logits: torch.Tensor, slots: IntArray) -> None:
+        """See LogitsStep."""
+        for row, bias in self._rows(slots):
+            logits[row, bias.token_ids.to(logits.device)] += bias.values.to(logits)
+
+
+@dataclass(slots=True)
+class _Counts:
+    sampling: SamplingParams
+    in_prompt: torch.Tensor
+    """[V] bool."""
+    in_output: torch.Tensor
+    """[V] int32: how often each token was generated."""
+
+
+class Penalties(SlotStates[_Counts]):
+    """Repetition penalty over prompt and output; presence and frequency penalties over the output."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self._vocab_size = vocab_size
+
+    def add(self, sequence: AddedSequence) -> None:
+        """See LogitsStep."""
+        sampling = sequence.sampling
+        self.remove(sequence.slot)
+        if sampling.repetition_penalty == 1 and sampling.presence_penalty == 0 and sampling.frequency_penalty == 0:
+            return
+        token_ids = torch.tensor(sequence.token_ids, dtype=torch.int64)
+        prompt, output = token_ids.tensor_split([sequence.num_prompt_tokens])
+        in_prompt = torch.zeros(self._vocab_size, dtype=torch.bool)
+        in_prompt[prompt] = True
+        in_output = torch.bincount(output, minlength=self._vocab_size).to(torch.int32)
+        self._states[sequence.slot] = _Counts(sampling, in_prompt, in_output)
+
+    def apply(self, logits: torch.Tensor, slots: IntArray) -> None:
+        """See LogitsStep."""
+        for row, counts in self._rows(slots):
+            values, sampling = logits[row], counts.sampling
+            in_output = counts.in_output.to(values.device)
+            was_seen = counts.in_prompt.to(values.device) | (in_output > 0)
+            if sampling.repetition_penalty != 1:
+                penalty = sampling.repetition_penalty
+                values = torch.where(was_seen, torch.where(values > 0, values / penalty, values * penalty), values)
+            values = values - sampling.frequency_penalty * in_output - sampling.presence_penalty * (in_output > 0)
+            logits[row] = values
+
+    def accept(self, slots: IntArray, token_ids: torch.Tensor) -> None:
+        """See LogitsStep."""
+        for row, counts in self._rows(slots):
+            counts.in_output[token_ids[row]] += 1
+
+
+@dataclass(slots=True)
+class _Remaining:
+    num_tokens: int
+    stop_ids: torch.Tensor
+
+
+class MinTokens(SlotStates[_Remaining]):
+    """min_tokens: nothing that ends a generation is chosen before so many tokens."""
+
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
+        super().__init__()
+        self._eos_token_ids = eos_token_ids
+
+    def add(self, sequence: AddedSequence) -> None:
+        """See LogitsStep."""
+        self.remove(sequence.slot)
+        num_output = len(sequence.token_ids) - sequence.num_prompt_tokens
+        remaining = sequence.sampling.min_tokens - num_output
+        stop_ids = sorted(self._eos_token_ids | set(sequence.sampling.stop_token_ids))
+        if remaining > 0 and stop_ids:
+            self._states[sequence.slot] = _Remaining(remaining, torch.tensor(stop_ids, dtype=torch.int64))
+
+    def apply(self, logits: torch.Tensor, slots: IntArray) -> None:
+        """See LogitsStep."""
+        for row, remaining in self._rows(slots):
+            logits[row, remaining.stop_ids.to(logits.device)] = float("-inf")
+
+    def accept(self, slots: IntArray, token_ids: torch.Tensor) -> None:
+        """See LogitsStep."""
+        for row, remaining in self._rows(slots):
+            remaining.num_tokens -= 1
+            if remaining.num_tokens == 0:
+                self.remove(int(slots[row]))
