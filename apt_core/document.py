@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Document:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(key, f"expected a whole number, got {value!r}")
+            raise self.error(key, f"expected a whole number, got {reprlib.repr(value)}")
         if value < minimum:
             raise self.error(key, f"expected at least {minimum}, got {value}")
         return value
@@ -44,7 +45,7 @@ class Document:
         """A finite number. Without a default the key is required."""
         value = self._get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise self.error(key, f"expected a number, got {value!r}")
+            raise self.error(key, f"expected a number, got {reprlib.repr(value)}")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
@@ -55,21 +56,21 @@ class Document:
         """A truth value."""
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise self.error(key, f"expected true or false, got {value!r}")
+            raise self.error(key, f"expected true or false, got {reprlib.repr(value)}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
         """A string. Without a default the key is required."""
         value = self._get(key, default)
         if not isinstance(value, str):
-            raise self.error(key, f"expected a string, got {value!r}")
+            raise self.error(key, f"expected a string, got {reprlib.repr(value)}")
         return value
 
     def items(self, key: str) -> list[Any]:
         """A list, empty where the key is absent."""
         value = self._get(key, [])
         if not isinstance(value, list):
-            raise self.error(key, f"expected a list, got {value!r}")
+            raise self.error(key, f"expected a list, got {reprlib.repr(value)}")
         return value
 
     def child(self, key: str) -> Document | None:
@@ -78,7 +79,7 @@ class Document:
             return None
         value = self.values[key]
         if not isinstance(value, dict):
-            raise self.error(key, f"expected an object, got {value!r}")
+            raise self.error(key, f"expected an object, got {reprlib.repr(value)}")
         return Document(value, self.file, f"{self.prefix}{key}.")
 
     def _get(self, key: str, default: Any) -> Any:

@@ -77,9 +77,7 @@ def hf_generation_config(file: GGUFFile) -> dict[str, Any]:
 def _architecture_keys(file: GGUFFile) -> Document:
     """The metadata under the architecture's prefix, without it."""
     prefix = f"{file.architecture}."
-    values = {
-        key.removeprefix(prefix): value for key, value in file.metadata.values.items() if key.startswith(prefix)
-    }
+    values = {key.removeprefix(prefix): value for key, value in file.metadata.values.items() if key.startswith(prefix)}
     return Document(values, file.metadata.file, prefix)
 
 

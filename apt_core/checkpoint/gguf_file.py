@@ -74,6 +74,8 @@ def open_gguf(path: Path) -> GGUFFile:
         raise CheckpointError(f"is truncated or not a GGUF file ({error})", file=path) from None
     if reader.byte_order == "S":
         raise CheckpointError("is of the other byte order", file=path)
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise CheckpointError("files split into several parts are not read; merge them", file=path, field="split.count")
     tensors = {tensor.name: _tensor(path, tensor) for tensor in reader.tensors}
     return GGUFFile(path, Document(metadata, str(path)), tensors)
 

@@ -118,9 +118,7 @@ def _unread(metadata: Document, key: str, value: str) -> CheckpointError:
 def _bpe(metadata: Document, tokens: list[str], kinds: list[int], family: _Family) -> Any:
     """Special tokens stay in the vocabulary, which gives them their ids; unused ids are left without a token."""
     vocabulary = {
-        token: token_id
-        for token_id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind != _UNUSED
+        token: token_id for token_id, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED
     }
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.items("tokenizer.ggml.merges")]
     try:
@@ -131,23 +129,15 @@ def _bpe(metadata: Document, tokens: list[str], kinds: list[int], family: _Famil
 
 def _post_processor(metadata: Document, tokens: list[str], family: _Family) -> Any:
     """Adds BOS and EOS as the file asks."""
-    byte_level = processors.ByteLevel(trim_offsets=False)
     added = {
         "bos": metadata.boolean("tokenizer.ggml.add_bos_token", family.adds_bos),
         "eos": metadata.boolean("tokenizer.ggml.add_eos_token", False),
     }
     ids = {kind: _token_id(metadata, kind, len(tokens)) for kind, is_added in added.items() if is_added}
-    if not ids:
-        return byte_level
     special = {kind: tokens[token_id] for kind, token_id in ids.items()}
     template = [*([special["bos"]] if added["bos"] else []), "$A", *([special["eos"]] if added["eos"] else [])]
-    return processors.Sequence(
-        [
-            byte_level,
-            processors.TemplateProcessing(
-                single=template, special_tokens=[(tokens[token_id], token_id) for token_id in set(ids.values())]
-            ),
-        ]
+    return processors.TemplateProcessing(
+        single=template, special_tokens=[(tokens[token_id], token_id) for token_id in sorted(set(ids.values()))]
     )
 
 

@@ -131,9 +131,10 @@ def _head_dim(config: Document, family: _Family, hidden_size: int, num_heads: in
 def _rope(config: Document, max_position_embeddings: int) -> RopeConfig:
     """From transformers 5's rope_parameters, or from rope_theta and rope_scaling before it."""
     rope = config.child("rope_parameters") or config.child("rope_scaling") or Document({}, config.file)
-    kind = rope.text("rope_type", rope.text("type", "default"))
+    kind_key = "rope_type" if rope.has("rope_type") else "type"
+    kind = rope.text(kind_key, "default")
     if kind not in _ROPE_TYPES:
-        raise rope.error("rope_type", f"{kind!r} is not supported; supported are {', '.join(_ROPE_TYPES)}")
+        raise rope.error(kind_key, f"{kind!r} is not supported; supported are {', '.join(_ROPE_TYPES)}")
     for place in (rope, config):
         if place.number("partial_rotary_factor", 1.0) != 1.0:
             raise place.error("partial_rotary_factor", "rotary embedding of a part of each head is not supported")
@@ -158,9 +159,7 @@ def _rope(config: Document, max_position_embeddings: int) -> RopeConfig:
     )
 
 
-def _sliding_windows(
-    config: Document, architecture: str, family: _Family, num_layers: int
-) -> tuple[int | None, ...]:
+def _sliding_windows(config: Document, architecture: str, family: _Family, num_layers: int) -> tuple[int | None, ...]:
     if architecture == "MistralForCausalLM":
         if "sliding_window" in config.values and not config.has("sliding_window"):
             return ()

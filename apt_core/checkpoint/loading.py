@@ -53,7 +53,7 @@ def _is_redundant(name: str, checkpoint: Checkpoint) -> bool:
 def _check_shape(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, parameter: nn.Parameter) -> None:
     if tensor.shape != parameter.shape:
         raise CheckpointError(
-            f"has shape {list(tensor.shape)}, but config.json makes it {list(parameter.shape)}",
+            f"has shape {list(tensor.shape)}, but the model's parameter has {list(parameter.shape)}",
             file=checkpoint.path,
             field=name,
         )

@@ -27,13 +27,17 @@ def locate(source: str) -> Path:
     if source.lower() == EMBEDDED_MODEL:
         return _embedded_gguf()
     path = Path(source).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    if path.is_dir() or (path.is_file() and _is_gguf(path)):
         return path
     if path.is_file():
         raise CheckpointError("expected a folder or a .gguf file", file=path)
-    if _HUB_ID.fullmatch(source) and path.suffix != ".gguf":
+    if _HUB_ID.fullmatch(source) and not _is_gguf(path):
         return _download(source)
     raise CheckpointError("there is no such folder or .gguf file", file=source)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
 
 
 def _embedded_gguf() -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
@@ -109,15 +108,17 @@ def _special_tokens(config: Document) -> dict[str, str]:
 
 def _add_listed_tokens(tokenizer: RustTokenizer, config: Document) -> None:
     """Tokens that tokenizer_config.json lists under their ids and tokenizer.json lacks."""
-    listed = config.child("added_tokens_decoder")
-    for key in sorted(listed.values, key=int) if listed else ():
-        entry = listed.values[key] if listed else {}
-        token = _added_token(entry)
+    listed = config.child("added_tokens_decoder") or Document({}, config.file)
+    if not all(key.isdecimal() for key in listed.values):
+        raise config.error("added_tokens_decoder", "expected token ids as keys")
+    for key in sorted(listed.values, key=int):
+        token = _added_token(listed.child(key) or Document({}, config.file, f"{listed.prefix}{key}."))
         if tokenizer.token_to_id(token.content) is None:
             tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != int(key):
-            raise config.error(f"added_tokens_decoder.{key}", f"tokenizer.json gives {token.content!r} another id")
+            raise listed.error(key, f"tokenizer.json gives {token.content!r} another id")
 
 
-def _added_token(entry: dict[str, Any]) -> AddedToken:
-    return AddedToken(entry["content"], **{flag: bool(entry[flag]) for flag in _TOKEN_FLAGS if flag in entry})
+def _added_token(entry: Document) -> AddedToken:
+    flags = {flag: entry.boolean(flag, False) for flag in _TOKEN_FLAGS if entry.has(flag)}
+    return AddedToken(entry.text("content"), **flags)

@@ -29,9 +29,7 @@ class HFTokenizer:
     def __init__(self, tokenizer: RustTokenizer, *, chat_template: ChatTemplate | None, file: str) -> None:
         speller = byte_speller(tokenizer)
         if speller is None:
-            raise CheckpointError(
-                "expected a ByteLevel, ByteFallback or Metaspace decoder", file=file, field="decoder"
-            )
+            raise CheckpointError("expected a ByteLevel, ByteFallback or Metaspace decoder", file=file, field="decoder")
         tokenizer.no_truncation()
         tokenizer.no_padding()
         added = tokenizer.get_added_tokens_decoder()
@@ -58,8 +56,15 @@ class HFTokenizer:
         return self._chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. With add_special_tokens the tokenizer's own prefix (such as BOS) is added."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text. With add_special_tokens the tokenizer's own prefix (such as BOS) is added.
+
+        Raises:
+            InvalidRequestError: the text holds half of a surrogate pair, which JSON can spell and UTF-8 cannot.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError):
+            raise InvalidRequestError("the text is not valid Unicode: it has a lone surrogate", param=None) from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; incomplete UTF-8 becomes U+FFFD, ids without a token are left out."""

@@ -18,9 +18,9 @@ def byte_speller(tokenizer: Tokenizer) -> Callable[[str], bytes] | None:
     kinds = set(_decoder_kinds(tokenizer))
     if "ByteLevel" in kinds:
         return byte_level_bytes
-    if kinds & {"ByteFallback", "Metaspace"}:
-        return sentencepiece_bytes
-    return None
+    if "ByteFallback" in kinds:
+        return byte_fallback_bytes
+    return metaspace_bytes if "Metaspace" in kinds else None
 
 
 def byte_level_bytes(token: str) -> bytes:
@@ -34,10 +34,15 @@ def byte_level_bytes(token: str) -> bytes:
         return token.encode()
 
 
-def sentencepiece_bytes(token: str) -> bytes:
-    """Bytes of a sentencepiece token: a low block stands for the space, ``<0xXX>`` for a single byte."""
+def byte_fallback_bytes(token: str) -> bytes:
+    """Bytes of a sentencepiece token: ``<0xXX>`` stands for a single byte."""
     if match := _BYTE_TOKEN.fullmatch(token):
         return bytes([int(match[1], 16)])
+    return metaspace_bytes(token)
+
+
+def metaspace_bytes(token: str) -> bytes:
+    """Bytes of a sentencepiece token without byte fallback: a low block stands for the space."""
     return token.replace(_SPACE, " ").encode()
 
 

@@ -18,7 +18,8 @@ class Tokenizer(Protocol):
         """Ids of special tokens, which plain text never produces and which are left out of generated text."""
 
     @property
-    def has_chat_template(self) -> bool: ...
+    def has_chat_template(self) -> bool:
+        """Whether the checkpoint came with a chat template."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. With add_special_tokens the tokenizer's own prefix (such as BOS) is added."""
@@ -29,9 +30,7 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes one token stands for, which may be part of a character."""
 
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """Render messages (role, content) as the prompt text the model was trained on.
 
         Raises:
