@@ -1,0 +1,99 @@
+"""The FastAPI application over one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from apt_core.errors import AptError
+from apt_serve.api import chat, completions, generate, health, metrics, models, openapi, tokenization, unavailable
+from apt_serve.api.errors import CLIENT_CLOSED_REQUEST, ApiError, RequestTimeoutError, as_api_error
+from apt_serve.api.metrics import PrometheusMetrics
+from apt_serve.api.middleware import (
+    REQUEST_ID_HEADER,
+    BodyLimitMiddleware,
+    LastResortMiddleware,
+    RequestIdMiddleware,
+)
+from apt_serve.api.state import ApiState, Phase
+from apt_serve.config import ApiConfig, ServerConfig
+from apt_serve.engine.client import EngineClient
+
+_ROUTERS = (completions, chat, models, generate, tokenization, health, metrics, unavailable)
+
+
+def create_app(config: ServerConfig, engine: EngineClient, prometheus: PrometheusMetrics) -> FastAPI:
+    """The application. Its lifespan starts the engine, and stops it when the server shuts down.
+
+    Args:
+        config: settings of the server.
+        engine: not yet started.
+        prometheus: the sink that the engine reports to.
+    """
+    state = ApiState(config, engine, prometheus)
+    prometheus.watch(engine)
+    app = FastAPI(
+        title=openapi.TITLE,
+        description=openapi.DESCRIPTION,
+        openapi_tags=openapi.TAGS,
+        lifespan=_lifespan,
+        middleware=_middleware(config.api),
+        exception_handlers={
+            kind: _answer_error for kind in (HTTPException, RequestValidationError, RequestTimeoutError, AptError)
+        },
+        redirect_slashes=False,
+    )
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.state.api = state
+    for module in _ROUTERS:
+        app.include_router(module.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: ApiState = app.state.api
+    await state.engine.start()
+    state.phase = Phase.READY
+    try:
+        yield
+    finally:
+        state.phase = Phase.STOPPING
+        await state.engine.stop(state.config.api.shutdown_grace_s)
+
+
+def _middleware(config: ApiConfig) -> list[Middleware]:
+    """Outermost first: errors of the inner ones still get their request id and CORS headers."""
+    layers = [Middleware(RequestIdMiddleware)]
+    if config.cors_allow_origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=config.cors_allow_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+            )
+        )
+    return [*layers, Middleware(LastResortMiddleware), Middleware(BodyLimitMiddleware, config.max_body_bytes)]
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    answer = as_api_error(error)
+    if answer.code == "not_found":
+        answer = ApiError(404, f"There is no {request.method} {request.url.path} here.", code="not_found")
+    state: ApiState = request.app.state.api
+    if request.method == "POST":  # a failed health check is no rejected request
+        state.metrics.rejected(answer.reason)
+    return answer.response()
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,44 @@
+"""The served models, as OpenAI lists them and in short."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from apt_serve.api.openapi import errors
+from apt_serve.api.schemas.simple import ModelCard, ModelList, ModelSummaries, ModelSummary
+from apt_serve.api.state import State
+from apt_serve.engine.client import ModelInfo
+
+router = APIRouter()
+
+
+@router.get("/v1/models", response_model=ModelList, tags=["OpenAI"])
+async def list_models(state: State) -> Response:
+    """All served models."""
+    return ModelList(object="list", data=[_card(state.engine.model)]).response()
+
+
+@router.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404), tags=["OpenAI"])
+async def get_model(model: str, state: State) -> Response:
+    """One served model."""
+    return _card(state.engine_for(model).model).response()
+
+
+@router.get("/models", response_model=ModelSummaries, tags=["Simple"])
+async def summarize_models(state: State) -> Response:
+    """All served models and what they can do."""
+    model = state.engine.model
+    summary = ModelSummary(
+        name=model.name,
+        max_model_len=model.max_model_len,
+        vocab_size=model.vocab_size,
+        has_chat_template=model.tokenizer.has_chat_template,
+        capabilities=sorted(state.engine.capabilities),
+    )
+    return ModelSummaries(models=[summary]).response()
+
+
+def _card(model: ModelInfo) -> ModelCard:
+    return ModelCard(
+        id=model.name, object="model", created=model.created, owned_by="apt", max_model_len=model.max_model_len
+    )

@@ -1,0 +1,1 @@
+"""What travels on the wire: requests are strict and refuse what they do not know, responses are OpenAI's."""

@@ -1,0 +1,100 @@
+"""The small endpoints: /generate, models, tokenization, health."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from apt_serve.api.schemas.base import RequestSchema, ResponseSchema
+from apt_serve.api.schemas.chat import Messages
+from apt_serve.api.schemas.common import TokenId
+
+
+class GenerateRequest(RequestSchema):
+    """Continue a text, the simplest way."""
+
+    text: str = Field(examples=["The capital of France is"])
+    max_length: int = Field(128, ge=1, description="Most tokens to generate.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 takes the most likely token.")
+
+
+class GenerateResponse(ResponseSchema):
+    """The continuation, without the text itself."""
+
+    generated_text: str
+    tokens: int
+    """Tokens generated."""
+    latency_ms: float
+    """From the request's arrival to its last token."""
+
+
+class ModelCard(ResponseSchema):
+    """A served model, as OpenAI lists it."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(ResponseSchema):
+    """All served models."""
+
+    object: str
+    data: list[ModelCard]
+
+
+class ModelSummary(ResponseSchema):
+    """A served model, for people."""
+
+    name: str
+    max_model_len: int
+    vocab_size: int
+    has_chat_template: bool
+    capabilities: list[str]
+
+
+class ModelSummaries(ResponseSchema):
+    """All served models; requests that name none go to the first."""
+
+    models: list[ModelSummary]
+
+
+class TokenizeRequest(RequestSchema):
+    """A text or a conversation to turn into token ids; exactly one of the two."""
+
+    model: str | None = None
+    prompt: str | None = Field(None, examples=["Hello"])
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Add the tokenizer's own prefix, such as BOS (default: true for prompt, false for messages)."
+    )
+
+
+class TokenizeResponse(ResponseSchema):
+    """The token ids."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class DetokenizeRequest(RequestSchema):
+    """Token ids to turn into text."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)] = Field(examples=[[1, 2, 3]])
+
+
+class DetokenizeResponse(ResponseSchema):
+    """The text, special tokens included."""
+
+    prompt: str
+
+
+class HealthResponse(ResponseSchema):
+    """The server works."""
+
+    status: str

@@ -1,0 +1,23 @@
+"""The path that completions and chat completions share, from a valid job to the HTTP response."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from apt_serve.api.formatting import Formatter
+from apt_serve.api.generation import Job, run_job
+from apt_serve.api.schemas.common import GenerationFields
+from apt_serve.api.state import ApiState
+from apt_serve.api.streaming import StreamUsage, collected, streamed_answer
+from apt_serve.engine.client import EngineClient
+
+
+async def answer(
+    request: Request, state: ApiState, engine: EngineClient, job: Job, formatter: Formatter, body: GenerationFields
+) -> Response:
+    """Run a job and answer in the way the client asked for."""
+    batches = run_job(engine, job, state.config.api.request_timeout_s)
+    if body.stream:
+        return await streamed_answer(request.receive, job, batches, formatter, StreamUsage.of(body.stream_options))
+    return formatter.response(*await collected(request.receive, job, batches)).response()

@@ -1,0 +1,61 @@
+"""What every handler needs: settings, engine, metrics, and whether the server is up."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from apt_serve.api.errors import model_not_found
+from apt_serve.api.formatting import Envelope
+from apt_serve.api.generation import Job
+from apt_serve.api.metrics import PrometheusMetrics
+from apt_serve.config import ServerConfig
+from apt_serve.engine.client import EngineClient
+
+
+class Phase(StrEnum):
+    """Where the server is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+
+
+@dataclass
+class ApiState:
+    """One per app; the only mutable part is the phase."""
+
+    config: ServerConfig
+    engine: EngineClient
+    metrics: PrometheusMetrics
+    phase: Phase = Phase.STARTING
+
+    def engine_for(self, model: str | None) -> EngineClient:
+        """The engine that serves a model.
+
+        Raises:
+            ApiError: no such model.
+        """
+        if model is not None and model != self.engine.model.name:
+            raise model_not_found(model)
+        return self.engine
+
+    def envelope(self, job: Job) -> Envelope:
+        """What all bodies of an answer begin with. The fingerprint changes with the model's settings."""
+        digest = hashlib.sha256(repr(self.config.model).encode()).hexdigest()
+        return Envelope(job, f"fp_{digest[:10]}")
+
+
+def state_of(connection: HTTPConnection) -> ApiState:
+    """The state of the app that a connection belongs to."""
+    state = connection.app.state.api
+    assert isinstance(state, ApiState)
+    return state
+
+
+State = Annotated[ApiState, Depends(state_of)]
