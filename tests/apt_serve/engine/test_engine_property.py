@@ -7,7 +7,7 @@ from apt_serve.engine.client import GenerationRequest
 from apt_serve.engine.sampling_params import SamplingParams
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB_SIZE, naive_greedy, tiny_engine
+from tests.apt_serve.engine.tiny_engine import VOCAB_SIZE, naive_greedy, tiny_engine
 
 
 @lru_cache(maxsize=None)

@@ -18,7 +18,7 @@ from apt_serve.engine.model_runner import ModelRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 VOCAB_SIZE = 256
-EOS = 7
+EOS = 129
 MAX_MODEL_LEN = 96
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
