@@ -25,11 +25,25 @@ class ApiConfig:
     """Origins browsers may call from; "*" for any, empty for none but the same."""
     max_generations_per_websocket: int = 32
     """Generations running at a time on one socket."""
+    websocket_window_bytes: int = 1024 * 1024
+    """Bytes sent on a socket beyond those its client has acknowledged; then the server waits for a pong."""
+    websocket_patience_s: float = 30.0
+    """A socket whose client reads nothing for this long while the server has something to send is closed."""
 
     def __post_init__(self) -> None:
-        for name in ("request_timeout_s", "shutdown_grace_s", "max_body_bytes", "max_generations_per_websocket"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"must be above 0, got {getattr(self, name)}", field=f"api.{name}")
+
+
+_POSITIVE = (
+    "request_timeout_s",
+    "shutdown_grace_s",
+    "max_body_bytes",
+    "max_generations_per_websocket",
+    "websocket_window_bytes",
+    "websocket_patience_s",
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from apt_core.errors import AptError
-from apt_serve.api import chat, completions, generate, health, metrics, models, openapi, tokenization, unavailable
+from apt_serve.api import (
+    chat,
+    completions,
+    generate,
+    health,
+    metrics,
+    models,
+    openapi,
+    tokenization,
+    unavailable,
+    websocket,
+)
 from apt_serve.api.errors import CLIENT_CLOSED_REQUEST, ApiError, RequestTimeoutError, as_api_error
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.api.middleware import (
@@ -26,7 +37,7 @@ from apt_serve.api.state import ApiState, Phase
 from apt_serve.config import ApiConfig, ServerConfig
 from apt_serve.engine.client import EngineClient
 
-_ROUTERS = (completions, chat, models, generate, tokenization, health, metrics, unavailable)
+_ROUTERS = (completions, chat, models, generate, tokenization, health, metrics, websocket, unavailable)
 
 
 def create_app(config: ServerConfig, engine: EngineClient, prometheus: PrometheusMetrics) -> FastAPI:

@@ -21,7 +21,7 @@ from apt_serve.engine.client import (
 )
 from apt_serve.engine.sampling_params import SamplingParams
 
-_MAX_DELTAS_AHEAD = 64
+_MAX_DELTAS_AHEAD = 16
 """Deltas taken from the engine before the writer wants them; beyond it they merge in the engine's mailboxes."""
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from apt_serve.api.errors import ApiError
 
@@ -12,12 +10,12 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.post("/v1/embeddings")
-async def embeddings() -> NoReturn:
+async def embeddings() -> Response:
     """Refuse: the served models generate text."""
     raise ApiError(404, "Embeddings are not available on this server.", code="not_available")
 
 
 @router.post("/v1/responses")
-async def responses() -> NoReturn:
+async def responses() -> Response:
     """Refuse: there is one way to chat."""
     raise ApiError(404, "The Responses API is not available; use /v1/chat/completions.", code="not_available")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from types import TracebackType
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,7 +19,7 @@ class LiveServer:
 
     @property
     def base_url(self) -> str:
-        return "http://127.0.0.1:{}".format(self._socket.getsockname()[1])
+        return f"http://127.0.0.1:{self._socket.getsockname()[1]}"
 
     def __enter__(self) -> LiveServer:
         self._thread.start()
@@ -29,7 +28,7 @@ class LiveServer:
             time.sleep(0.01)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()

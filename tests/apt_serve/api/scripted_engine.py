@@ -107,7 +107,6 @@ class ScriptedEngine:
         self.running.add(request.request_id)
         mailbox = Mailbox(request.sampling.n)
         producer = asyncio.create_task(self._produce(request, mailbox))
-        producer.add_done_callback(lambda task: task.cancelled() or not task.exception() or mailbox.fail(task.exception()))
         try:
             while outputs := await mailbox.take():
                 for output in outputs:
@@ -132,6 +131,12 @@ class ScriptedEngine:
         )
 
     async def _produce(self, request: GenerationRequest, mailbox: Mailbox) -> None:
+        try:
+            await self._play(request, mailbox)
+        except Exception as error:
+            mailbox.fail(error)
+
+    async def _play(self, request: GenerationRequest, mailbox: Mailbox) -> None:
         began = time.monotonic()
         await asyncio.sleep(self.script.first_delay_s)
         choices = [_Choice(request, index, self.model.max_model_len) for index in range(request.sampling.n)]
@@ -164,7 +169,8 @@ class _Choice:
         self._request = request
         self._index = index
         sampling = request.sampling
-        self._limit = max_model_len - len(request.prompt_token_ids) if sampling.max_tokens is None else sampling.max_tokens
+        room = max_model_len - len(request.prompt_token_ids)
+        self._limit = room if sampling.max_tokens is None else sampling.max_tokens
         self._data = TEXT.encode()
         self._offset = 0 if sampling.is_greedy else 5 * ((sampling.seed or 0) + index)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
