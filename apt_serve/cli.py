@@ -1,0 +1,236 @@
+"""The command apt-serve: start a server, generate in the terminal, run a benchmark.
+
+What a command needs is imported when it runs: help and refusals of bad settings do not wait for torch and Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from apt_core.config import add_flags, apply_overrides, overrides_from, parse
+from apt_core.errors import AptError, ConfigError, InvalidRequestError
+from apt_serve.config import ServerConfig
+from apt_serve.config_file import ConfigFile, HttpOptions, default_config_file, read_config_file
+from apt_serve.engine.config import EngineConfig
+from apt_serve.engine.sampling_params import SamplingParams
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RAY_ENVIRONMENT = {
+    # Ray runs its workers at nice 15 unless told otherwise, so that anything else on the machine starves them.
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+USAGE_ERROR = 2
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Settings of `apt-serve generate`: the same model section as the server's."""
+
+    model: EngineConfig = field(default_factory=EngineConfig)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run apt-serve and return its exit code: 0, 1 for a failure, 2 for settings that cannot work."""
+    parser = _parser()
+    options, unknown = parser.parse_known_args(argv)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        _refuse(parser, unknown)
+        return command(options)
+    except (ConfigError, InvalidRequestError) as error:
+        print(f"apt-serve: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except AptError as error:
+        print(f"apt-serve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """End with an error for arguments that no command knows; a setting's closest known one is suggested."""
+    for argument in unknown:
+        name = argument.partition("=")[0]
+        if "." in name and name.startswith("--"):
+            apply_overrides(ServerConfig, {}, {name.removeprefix("--"): ""})
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="apt-serve", description="Serve a large language model.", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_start(commands)
+    _add_generate(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    start = commands.add_parser("start", help="start the server", allow_abbrev=False)
+    start.set_defaults(command=_start)
+    start.add_argument("source", nargs="?", metavar="SOURCE", help="the model, as --model.source")
+    start.add_argument("--config", metavar="FILE", help="settings, such as deploy/config.yaml; flags go before it")
+    start.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    start.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+    start.add_argument(
+        "--runner",
+        choices=("ray", "uvicorn"),
+        default="ray",
+        help="ray: Ray Serve, which restarts what fails and runs replicas; uvicorn: one process (default: ray)",
+    )
+    add_flags(start, ServerConfig)
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser("generate", help="answer a prompt in the terminal", allow_abbrev=False)
+    generate.set_defaults(command=_generate)
+    generate.add_argument("prompt", metavar="PROMPT", help="what to answer; - reads standard input")
+    generate.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
+    generate.add_argument("--system", metavar="TEXT", help="system message before the prompt")
+    generate.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most tokens (default: 256)")
+    generate.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the checkpoint's)")
+    generate.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling (default: the checkpoint's)")
+    generate.add_argument("--seed", type=int, metavar="N", help="same seed, same tokens")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop here; may be repeated")
+    add_flags(generate, GenerateSettings)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser("bench", help="run a benchmark of a source checkout", allow_abbrev=False)
+    bench.set_defaults(command=_bench)
+    bench.add_argument("name", nargs="?", help="such as serve/startup; without one they are listed")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the benchmark")
+
+
+def _start(options: argparse.Namespace) -> int:
+    config, http = _server_settings(options)
+    _require_free_port(http)
+    began = time.monotonic()
+
+    def on_ready() -> None:
+        threading.Thread(target=_greet, args=(config, http, began), daemon=True).start()
+
+    if options.runner == "uvicorn":
+        from apt_serve import standalone
+
+        standalone.run(config, http, on_ready)
+        return 0
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from apt_serve import deployment
+
+    deployment.run(config, http, on_ready)
+    return 0
+
+
+def _server_settings(options: argparse.Namespace) -> tuple[ServerConfig, HttpOptions]:
+    """The file's settings with the flags' in their place."""
+    file = _in_file(options.config) if options.config else default_config_file()
+    overrides = overrides_from(options, ServerConfig)
+    if options.source is not None:
+        overrides["model.source"] = options.source
+    config = parse(ServerConfig, apply_overrides(ServerConfig, file.args, overrides))
+    given = {name: getattr(options, name) for name in ("host", "port") if getattr(options, name) is not None}
+    return config, replace(file.http_options, **given)
+
+
+def _in_file(path: str) -> ConfigFile:
+    """The file, once every setting in it has been checked, so that a refusal says that it was the file's."""
+    file = read_config_file(path)
+    try:
+        parse(ServerConfig, file.args)
+    except ConfigError as error:
+        raise ConfigError(str(error), field=path) from None
+    return file
+
+
+def _require_free_port(http: HttpOptions) -> None:
+    """Refuse at once, before a model is loaded for nothing."""
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((http.host, http.port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {http.host}:{http.port}: {error.strerror}", field="port") from None
+
+
+def _greet(config: ServerConfig, http: HttpOptions, began: float) -> None:
+    """Print a first request as soon as the server answers it."""
+    while not _is_ready(http):
+        time.sleep(0.05)
+    print(greeting(config, http, time.monotonic() - began), flush=True)
+
+
+def _is_ready(http: HttpOptions) -> bool:
+    try:
+        with urllib.request.urlopen(f"{http.url}/ready", timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def greeting(config: ServerConfig, http: HttpOptions, seconds: float) -> str:
+    """What a started server says: where it is and what to try."""
+    body = {
+        "model": config.model.served_name,
+        "messages": [{"role": "user", "content": "Name three rivers."}],
+        "stream": True,
+    }
+    return "\n".join(
+        (
+            f"\nAPT serves {config.model.served_name} at {http.url} ({seconds:.1f} s after start). Try:\n",
+            f"  curl -N {http.url}/v1/chat/completions -H 'Content-Type: application/json' \\",
+            f"    -d '{json.dumps(body)}'\n",
+            f"API: {http.url}/docs   metrics: {http.url}/metrics   stop: Ctrl-C",
+        )
+    )
+
+
+def _generate(options: argparse.Namespace) -> int:
+    settings = parse(GenerateSettings, apply_overrides(GenerateSettings, {}, overrides_from(options, GenerateSettings)))
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    names = ("max_tokens", "temperature", "top_p", "seed")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    SamplingParams(**given)  # refused before the model is loaded
+    from apt_serve import terminal
+
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    text = prompt if options.raw else [*messages, {"role": "user", "content": prompt}]
+    return terminal.run(settings.model, text, given | {"stop": tuple(options.stop)})
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if not BENCHMARKS.is_dir():
+        raise ConfigError("benchmarks come with the source, not with the installed package", field="bench")
+    scripts = {_bench_name(path): path for path in sorted(BENCHMARKS.rglob("[!_]*.py")) if _is_runnable(path)}
+    chosen = [name for name in scripts if options.name in (name, name.split("/")[0])] if options.name else []
+    if options.name in scripts:
+        chosen = [options.name]
+    if len(chosen) != 1:
+        print("Benchmarks:", *(chosen or scripts), sep="\n  apt-serve bench ")
+        return USAGE_ERROR if options.name and not chosen else 0
+    module = ".".join(("benchmarks", *chosen[0].split("/")))
+    command = [sys.executable, "-m", module, *options.arguments]
+    return subprocess.run(command, cwd=BENCHMARKS.parent, check=False).returncode
+
+
+def _bench_name(path: Path) -> str:
+    return path.relative_to(BENCHMARKS).with_suffix("").as_posix()
+
+
+def _is_runnable(path: Path) -> bool:
+    return '__name__ == "__main__"' in path.read_text(encoding="utf-8")

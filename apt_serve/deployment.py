@@ -1,0 +1,153 @@
+"""APT on Ray Serve: one deployment, each replica with its own engine. The only file that imports Ray.
+
+`serve run deploy/config.yaml` calls ``build``; `apt-serve start` calls ``run``, which also lets running requests finish
+when it is told to stop (`serve run` cuts them).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+
+from apt_core.config import parse
+from apt_serve.config import ServerConfig
+from apt_serve.config_file import HttpOptions
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from apt_serve.server import Server
+
+APPLICATION = "apt"
+DEPLOYMENT = "apt"
+CONNECTION_HEADROOM = 1024
+"""Requests a replica takes beyond what its engine can hold: WebSockets (each counts for as long as it is open), health
+checks, scrapes, and requests that the engine is to refuse in the API's own words."""
+QUEUED_AT_PROXY = 256
+"""Requests that may wait in front of full replicas; beyond that Serve answers 503 by itself."""
+LINGER_S = 5.0
+"""When no request runs any more, connections that are still open, such as idle sockets, may close for this long."""
+
+
+class Replica:
+    """One replica: HTTP front and engine in one process, so that a token crosses no process on its way out."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._server: Server | None = None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve in the replica, after the constructor."""
+        from apt_serve.server import Server
+
+        self._server = Server(self._config)
+        return self._server.app
+
+    async def check_health(self) -> None:
+        """Called by Serve every few seconds; raising gets this replica replaced."""
+        problem = self._server and self._server.problem()
+        if problem:
+            raise RuntimeError(problem)
+
+    async def drain(self) -> None:
+        """Refuse new requests; return when running ones have finished or the grace period is over."""
+        if self._server:
+            await self._server.drain()
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Build the application from ``args`` in deploy/config.yaml.
+
+    Raises:
+        ConfigError: a setting is unknown or cannot work; it is named.
+    """
+    return application(parse(ServerConfig, args))
+
+
+def application(config: ServerConfig) -> serve.Application:
+    """The application of checked settings."""
+    grace_s = config.api.shutdown_grace_s
+    configure = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=config.replicas,
+        # The engine's own queue is to be the one that fills up: it answers with a reason and Retry-After.
+        max_ongoing_requests=config.model.max_num_seqs + config.model.max_waiting_requests + CONNECTION_HEADROOM,
+        max_queued_requests=QUEUED_AT_PROXY,
+        graceful_shutdown_timeout_s=grace_s + LINGER_S,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2.0,
+        health_check_timeout_s=30.0,
+        # A model that does not load will not load at the third attempt either.
+        max_constructor_retry_count=1,
+        ray_actor_options=_actor_options(config),
+    )
+    bound: serve.Application = configure(serve.ingress()(Replica)).bind(config)
+    return bound
+
+
+def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -> None:
+    """Serve on a Ray cluster of its own until SIGINT or SIGTERM; then drain, and stop the cluster.
+
+    With RAY_ADDRESS set, joins that cluster instead and leaves it running.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        # Without the dashboard the cluster is up in five seconds instead of nine.
+        ray.init(address=address) if address else ray.init(address="local", include_dashboard=False)
+        serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": http.port})
+        serve.run(application(config), name=APPLICATION, route_prefix="/")
+        stop = _event_at_signals()
+        on_ready()
+        stop.wait()
+        _drain(config)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _actor_options(config: ServerConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        # What the engine takes is num_threads' business. Reserving whole cores would leave a replica waiting for
+        # ever on a small machine.
+        "num_cpus": 0.1,
+    }
+    if config.model.device == "cuda" or (config.model.device == "auto" and _has_gpus()):
+        options["num_gpus"] = 1
+    return options
+
+
+def _has_gpus() -> bool:
+    return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _event_at_signals() -> threading.Event:
+    """Set at the first SIGINT or SIGTERM. The second one interrupts whatever runs then."""
+    event = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if event.is_set():
+            sys.exit(128 + number)
+        event.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    return event
+
+
+def _drain(config: ServerConfig) -> None:
+    """Let requests finish before ``serve.shutdown``, which begins by killing the proxy they stream through."""
+    handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+    handle.broadcast("drain").results(timeout_s=config.api.shutdown_grace_s + LINGER_S)
+    serve.delete(APPLICATION, _blocking=False)
+    deadline = time.monotonic() + LINGER_S
+    while APPLICATION in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(0.1)
