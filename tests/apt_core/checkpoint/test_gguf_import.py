@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as QuantType
 from gguf import GGUFReader, GGUFWriter, dequantize
 from gguf.constants import GGML_QUANT_SIZES
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -154,6 +154,7 @@ def test_other_frequency_factors_are_refused(divisors: np.ndarray, tmp_path: Pat
     assert caught.value.field == "rope_freqs.weight"
 
 
+@settings(deadline=None)
 @given(
     num_heads=st.integers(1, 6), half=st.integers(1, 8), columns=st.one_of(st.none(), st.integers(1, 5)), data=st.data()
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from apt_core.errors import InvalidRequestError
@@ -49,6 +49,7 @@ def is_spellable(text: str, tokenizer: Tokenizer) -> bool:
     return all(bytes([byte]) in singles for byte in text.encode())
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_comes_back(text: str, smollm2: Tokenizer) -> None:
     assume(is_spellable(text, smollm2))
@@ -56,6 +57,7 @@ def test_any_text_comes_back(text: str, smollm2: Tokenizer) -> None:
     assert smollm2.decode(smollm2.encode(text), skip_special_tokens=False) == text
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_the_bytes_of_a_texts_tokens_are_the_texts_bytes(text: str, smollm2: Tokenizer) -> None:
     assume(is_spellable(text, smollm2))
@@ -64,6 +66,7 @@ def test_the_bytes_of_a_texts_tokens_are_the_texts_bytes(text: str, smollm2: Tok
     assert b"".join(smollm2.token_bytes(token_id) for token_id in ids) == text.encode()
 
 
+@settings(deadline=None)
 @given(ids=st.lists(st.integers(17, 49151), max_size=20))
 def test_the_bytes_of_any_tokens_are_what_they_decode_to(ids: list[int], smollm2: Tokenizer) -> None:
     spelled = b"".join(smollm2.token_bytes(token_id) for token_id in ids)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
@@ -93,6 +93,7 @@ def test_byte_level_alphabet_covers_every_byte() -> None:
         assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_comes_back_from_a_byte_level_vocabulary(text: str) -> None:
     tokenizer = wrap(TRAINED)
