@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser("bench", help="run a benchmark of a source checkout", allow_abbrev=False)
     bench.set_defaults(command=_bench)
-    bench.add_argument("name", nargs="?", help="such as serve/startup; without one they are listed")
+    bench.add_argument("name", nargs="?", help="such as engine or serve; without one they are listed")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the benchmark")
 
 
@@ -194,7 +195,7 @@ def greeting(config: ServerConfig, http: HttpOptions, seconds: float) -> str:
         (
             f"\nAPT serves {config.model.served_name} at {http.url} ({seconds:.1f} s after start). Try:\n",
             f"  curl -N {http.url}/v1/chat/completions -H 'Content-Type: application/json' \\",
-            f"    -d '{json.dumps(body)}'\n",
+            f"    -d {shlex.quote(json.dumps(body))}\n",
             f"API: {http.url}/docs   metrics: {http.url}/metrics   stop: Ctrl-C",
         )
     )
@@ -216,21 +217,19 @@ def _generate(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     if not BENCHMARKS.is_dir():
         raise ConfigError("benchmarks come with the source, not with the installed package", field="bench")
-    scripts = {_bench_name(path): path for path in sorted(BENCHMARKS.rglob("[!_]*.py")) if _is_runnable(path)}
-    chosen = [name for name in scripts if options.name in (name, name.split("/")[0])] if options.name else []
-    if options.name in scripts:
-        chosen = [options.name]
-    if len(chosen) != 1:
-        print("Benchmarks:", *(chosen or scripts), sep="\n  apt-serve bench ")
-        return USAGE_ERROR if options.name and not chosen else 0
-    module = ".".join(("benchmarks", *chosen[0].split("/")))
-    command = [sys.executable, "-m", module, *options.arguments]
+    modules = dict(sorted(_benchmarks()))
+    if options.name not in modules:
+        print("Benchmarks:", *modules, sep="\n  apt-serve bench ")
+        return USAGE_ERROR if options.name else 0
+    command = [sys.executable, "-m", modules[options.name], *options.arguments]
     return subprocess.run(command, cwd=BENCHMARKS.parent, check=False).returncode
 
 
-def _bench_name(path: Path) -> str:
-    return path.relative_to(BENCHMARKS).with_suffix("").as_posix()
-
-
-def _is_runnable(path: Path) -> bool:
-    return '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+def _benchmarks() -> Iterator[tuple[str, str]]:
+    """Name and module of every file in benchmarks/ that can be run."""
+    for path in BENCHMARKS.rglob("*.py"):
+        parts = path.relative_to(BENCHMARKS).with_suffix("").parts
+        if parts[-1] == "__main__":
+            yield "/".join(parts[:-1]), ".".join(("benchmarks", *parts[:-1]))
+        elif '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
+            yield "/".join(parts), ".".join(("benchmarks", *parts))

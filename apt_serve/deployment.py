@@ -19,6 +19,7 @@ import ray
 from ray import serve
 
 from apt_core.config import parse
+from apt_core.errors import AptError
 from apt_serve.config import ServerConfig
 from apt_serve.config_file import HttpOptions
 
@@ -38,6 +39,10 @@ LINGER_S = 5.0
 """When no request runs any more, connections that are still open, such as idle sockets, may close for this long."""
 
 
+class StartError(AptError):
+    """The server could not be started; the message says why."""
+
+
 class Replica:
     """One replica: HTTP front and engine in one process, so that a token crosses no process on its way out."""
 
@@ -45,12 +50,20 @@ class Replica:
         self._config = config
         self._server: Server | None = None
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    async def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
-        from apt_serve.server import Server
+        from apt_serve.server import Server, log_to_stderr
 
-        self._server = Server(self._config)
-        return self._server.app
+        log_to_stderr()
+        server = Server(self._config)
+        await server.start()
+        self._server = server
+        return server.app
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica has no more requests, or may wait no longer."""
+        if self._server:
+            await self._server.stop()
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds; raising gets this replica replaced."""
@@ -98,13 +111,16 @@ def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -
     """Serve on a Ray cluster of its own until SIGINT or SIGTERM; then drain, and stop the cluster.
 
     With RAY_ADDRESS set, joins that cluster instead and leaves it running.
+
+    Raises:
+        StartError: no replica could be started.
     """
     address = os.environ.get("RAY_ADDRESS")
     try:
         # Without the dashboard the cluster is up in five seconds instead of nine.
         ray.init(address=address) if address else ray.init(address="local", include_dashboard=False)
         serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": http.port})
-        serve.run(application(config), name=APPLICATION, route_prefix="/")
+        _deploy(config)
         stop = _event_at_signals()
         on_ready()
         stop.wait()
@@ -112,6 +128,21 @@ def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _deploy(config: ServerConfig) -> None:
+    try:
+        serve.run(application(config), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        status = serve.status().applications.get(APPLICATION)
+        details = status.deployments[DEPLOYMENT].message if status and DEPLOYMENT in status.deployments else ""
+        raise StartError(f"the server did not start: {_last_line(details) or error}") from error
+
+
+def _last_line(traceback: str) -> str:
+    """What went wrong, without how Ray came upon it."""
+    lines = [line.strip() for line in traceback.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def _actor_options(config: ServerConfig) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
@@ -14,19 +16,29 @@ from apt_serve.engine.async_engine import AsyncEngine
 
 
 class Server:
-    """One engine and the HTTP application over it. Nothing is loaded until the application's lifespan begins."""
+    """One engine and the HTTP application over it. Nothing is loaded until ``start``.
+
+    The runner starts and stops it, instead of the application's ASGI lifespan: so the runner sees why a model cannot be
+    loaded, and not only that start-up failed.
+    """
 
     def __init__(self, config: ServerConfig) -> None:
         metrics = PrometheusMetrics(config.model.served_name)
         self.app: FastAPI = create_app(config, AsyncEngine(config.model, metrics), metrics)
+        self._lifespan = self.app.router.lifespan_context(self.app)
+        self.app.router.lifespan_context = _no_lifespan
 
-    def lifespan(self) -> AbstractAsyncContextManager[object]:
-        """Load the model on entry and stop the engine on exit, for a runner that does not do so by ASGI.
+    async def start(self) -> None:
+        """Load the model and make ready.
 
-        Raises, on entry:
+        Raises:
             AptError: the model cannot be loaded with these settings.
         """
-        return self.app.router.lifespan_context(self.app)
+        await self._lifespan.__aenter__()
+
+    async def stop(self) -> None:
+        """Drain, if nobody has, and stop the engine."""
+        await self._lifespan.__aexit__(None, None, None)
 
     async def drain(self) -> None:
         """Answer new requests with 503, and return when running ones have finished or the grace period is over."""
@@ -49,3 +61,19 @@ class Server:
         state = self.app.state.api
         assert isinstance(state, ApiState)
         return state
+
+
+def log_to_stderr() -> None:
+    """Let APT's own loggers, and nobody else's, say what they do."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("apt_core", "apt_kernels", "apt_serve"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers = [handler]
+        logger.propagate = False
+
+
+@asynccontextmanager
+async def _no_lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield

@@ -11,7 +11,7 @@ import uvicorn
 
 from apt_serve.config import ServerConfig
 from apt_serve.config_file import HttpOptions
-from apt_serve.server import Server
+from apt_serve.server import Server, log_to_stderr
 
 LINGER_S = 5
 """Connections that are still open when no request runs any more, such as idle sockets, may close for this long."""
@@ -23,6 +23,7 @@ def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -
     Raises:
         AptError: the model cannot be loaded with these settings.
     """
+    log_to_stderr()
     server = Server(config)
     options = uvicorn.Config(
         server.app,
@@ -39,8 +40,11 @@ def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -
 
 
 async def _serve(server: Server, options: uvicorn.Config, on_ready: Callable[[], None]) -> None:
-    async with server.lifespan():
+    await server.start()
+    try:
         await _DrainingUvicorn(server, options, on_ready).serve()
+    finally:
+        await server.stop()
 
 
 class _DrainingUvicorn(uvicorn.Server):
