@@ -10,8 +10,10 @@ from apt_core.tokenizer import Tokenizer
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _NUM_CONTEXT_TOKENS = 5
 """Prompt tokens before the output: whether a word begins with a space depends on what stands before it."""
+_MAX_CHARACTER_TOKENS = 12
+"""More tokens than any character has, even with the context before it: beyond so many the bytes are invalid."""
 _NUM_HELD = 3
-"""Most U+FFFD at the end that may yet become one character: UTF-8 has at most three bytes before the last one."""
+"""U+FFFD held back among invalid bytes: UTF-8 has at most three bytes before a character's last one."""
 _MAX_WINDOW = 16
 _MAX_UNDECIDED_WINDOW = 64
 """Window length at which it is cut even if no character has ended in it."""
@@ -47,12 +49,13 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens add, as far as it is settled."""
-        size = len(self._window)
-        self._window.extend(token for token in token_ids if token not in self._skipped)
-        if len(self._window) == size:
-            return ""
+        # One by one, so that every place at which a character ends is seen.
+        return "".join(self._push(token) for token in token_ids if token not in self._skipped)
+
+    def _push(self, token_id: int) -> str:
+        self._window.append(token_id)
         text = self._decode()
-        settled = _settled_length(text)
+        settled = self._settled_length(text)
         if self._open_prompt:
             self._num_sent = _common_length(self._open_prompt, text)
         new = text[self._num_sent : settled]
@@ -61,8 +64,11 @@ class IncrementalDetokenizer:
             self._open_prompt = ""
         if new and settled == len(text):
             self._next_start, self._last_end = self._last_end, len(self._window)
-        if len(self._window) > _MAX_WINDOW:
-            self._shrink(len(text))
+            if len(self._window) > _MAX_WINDOW:
+                self._cut(self._next_start, num_held=0)
+        elif len(self._window) > _MAX_UNDECIDED_WINDOW:
+            # Nothing but invalid bytes for long: what is held lies in the last few tokens, wherever the cut falls.
+            self._cut(len(self._window) - _MAX_WINDOW, num_held=len(text) - self._num_sent)
         return new
 
     def flush(self) -> str:
@@ -71,18 +77,22 @@ class IncrementalDetokenizer:
         self._num_sent += len(new)
         return new
 
-    def _shrink(self, text_length: int) -> None:
-        cut = self._next_start
-        if len(self._window) > _MAX_UNDECIDED_WINDOW:
-            # Nothing but invalid bytes for long: what is held lies in the last few tokens, wherever the cut falls.
-            cut = max(cut, len(self._window) - _MAX_WINDOW)
-        if cut == 0:
-            return
-        self._open_prompt = ""
-        del self._window[:cut]
+    def _cut(self, start: int, num_held: int) -> None:
+        """Let the window start later; of its text so many characters at the end are not sent yet."""
+        del self._window[:start]
         self._next_start = 0
-        self._last_end = max(self._last_end - cut, 0)
-        self._num_sent += len(self._decode()) - text_length
+        self._last_end = max(self._last_end - start, 0)
+        self._num_sent = len(self._decode()) - num_held
+        self._open_prompt = ""
+
+    def _settled_length(self, text: str) -> int:
+        """How much of the window's text no later byte can change."""
+        if not text.endswith(_REPLACEMENT):
+            return len(text)
+        if len(self._window) - self._last_end > _MAX_CHARACTER_TOKENS:
+            return len(text) - _NUM_HELD
+        # Some decoders replace a whole run of bytes until its last character is complete, not just that character.
+        return len(text.rstrip(_REPLACEMENT))
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special_tokens)
@@ -90,10 +100,3 @@ class IncrementalDetokenizer:
 
 def _common_length(a: str, b: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
-def _settled_length(text: str) -> int:
-    """How much of a text no later byte can change."""
-    if not text.endswith(_REPLACEMENT):
-        return len(text)
-    return max(len(text.rstrip(_REPLACEMENT)), len(text) - _NUM_HELD)
