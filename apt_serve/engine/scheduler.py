@@ -224,7 +224,7 @@ class Scheduler:
         """
         if plan.budget <= len(pending) or not (self._free_slots or pending):
             return None
-        if not pending and self._was_refused(seq):
+        if self._was_refused(seq):
             return None
         while True:
             matched = self._blocks.match_prefix(seq)
@@ -254,8 +254,7 @@ class Scheduler:
             elif pending:
                 self._preempt(pending.pop(), plan)
             else:
-                plan.is_closed = True  # it pauses, and nobody who comes after it may take the blocks it waits for
-                return
+                return  # it pauses; as no block is free, nobody else can join either
         plan.take(seq, num_tokens, new_blocks)
 
     def _note_first_schedule(self, seq: Sequence) -> None:

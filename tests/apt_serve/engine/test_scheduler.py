@@ -144,6 +144,17 @@ def test_sequences_beyond_the_slots_wait() -> None:
     assert [(a.seq_id, a.slot) for a in step.added] == [(third.seq_id, 0)]
 
 
+def test_the_lowest_free_slot_is_used_first() -> None:
+    scheduler = make_scheduler()
+    sequences = [make_sequence(2) for _ in range(3)]
+    add(scheduler, *sequences)
+    run(scheduler)
+    scheduler.abort(sequences[2].seq_id)
+    scheduler.abort(sequences[0].seq_id)
+    add(scheduler, make_sequence(2), make_sequence(2))
+    assert [a.slot for a in run(scheduler).added] == [0, 2]
+
+
 def test_removed_slots_wait_for_a_step_that_has_something_to_compute() -> None:
     scheduler, seq = make_scheduler(), make_sequence(2)
     add(scheduler, seq)
@@ -183,6 +194,17 @@ def test_outputs_of_sequences_that_left_meanwhile_are_skipped() -> None:
     output = StepOutput(tuple(SequenceOutput(s.seq_id, (7,)) for s in step.scheduled))
     assert [seq for seq, _ in scheduler.update(step, output)] == [stays]
     assert leaves.num_output_tokens == 0
+
+
+def test_a_new_sequence_of_the_same_name_has_no_part_in_the_old_ones_step() -> None:
+    scheduler, seq = make_scheduler(), make_sequence(3)
+    add(scheduler, seq)
+    step = schedule(scheduler)
+    scheduler.abort(seq.seq_id)
+    add(scheduler, seq)
+    assert scheduler.update(step, StepOutput((SequenceOutput(seq.seq_id, (7,)),))) == []
+    assert scheduler.fail_step(step) == []
+    assert tokens_of(schedule(scheduler)) == {seq.seq_id: 3}
 
 
 def test_several_accepted_tokens_are_taken_in() -> None:
@@ -296,9 +318,17 @@ def test_a_preempted_sequence_keeps_its_place_in_the_queue() -> None:
 
 
 def test_nobody_joins_a_step_that_preempts() -> None:
-    scheduler, first, _ = fill_cache()
-    add(scheduler, make_sequence(1))
-    assert tokens_of(run(scheduler)) == {first.seq_id: 1}
+    scheduler = make_scheduler(num_blocks=5, caching=False)
+    early = make_sequence(1)
+    first, second = make_sequence(4), make_sequence(8)
+    add(scheduler, first, second)
+    run(scheduler)
+    run(scheduler)
+    add(scheduler, early)  # waits for blocks, and before the second when that is preempted
+    while scheduler.num_preemptions == 0:
+        step = run(scheduler)
+    assert tokens_of(step) == {first.seq_id: 1}
+    assert [a.seq_id for a in run(scheduler).added] == [early.seq_id]
 
 
 def test_the_last_running_sequence_pauses_until_a_block_is_free_or_one_before_it_needs_its_own() -> None:
@@ -354,6 +384,17 @@ def test_an_urgent_newcomer_takes_the_blocks_of_the_last() -> None:
     add(scheduler, urgent)
     assert tokens_of(run(scheduler)) == {urgent.seq_id: 12, low.seq_id: 1}
     assert scheduler.num_preemptions == 1
+
+
+def test_an_urgent_newcomer_keeps_its_rank_in_later_steps() -> None:
+    scheduler = make_scheduler(num_blocks=4, policy="priority", caching=False)
+    low, urgent = make_sequence(4, priority=1), make_sequence(4, priority=0)
+    add(scheduler, low)
+    run(scheduler)
+    add(scheduler, urgent)
+    while scheduler.num_preemptions == 0:
+        step = run(scheduler)
+    assert tokens_of(step) == {urgent.seq_id: 1} and low.slot == -1
 
 
 def test_nobody_is_preempted_for_a_newcomer_that_would_not_fit_anyway() -> None:

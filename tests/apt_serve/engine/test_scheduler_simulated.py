@@ -245,6 +245,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = [seq for seq in self.live.values() if seq.slot >= 0]
         assert self.scheduler.num_running == len(running) <= self.runner.max_num_seqs
         assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.live)
+        assert self.scheduler._running == sorted(running, key=self.scheduler._policy.rank)
         assert all(seq.block_ids == [] for seq in self.live.values() if seq.slot < 0)
 
     def teardown(self) -> None:
