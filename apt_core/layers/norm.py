@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from apt_kernels import ops
 from torch import nn
+
+from apt_kernels import ops
 
 
 class RMSNorm(nn.Module):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from apt_kernels import ops
 from torch import nn
 
 from apt_core.kv_cache import LayerKVCache
@@ -17,6 +16,7 @@ from apt_core.layers.norm import RMSNorm
 from apt_core.layers.rotary import RotaryEmbedding, RotaryValues
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
+from apt_kernels import ops
 
 
 class DecoderForCausalLM(nn.Module):
@@ -141,10 +141,10 @@ class Attention(nn.Module):
         """[T, C] -> [T, C]."""
         qk, value = self._project(x)
         if self.has_qk_norm:
-            query, key = qk.split((self.num_heads, self.num_kv_heads), dim=1)
+            query, key = torch.split(qk, [self.num_heads, self.num_kv_heads], dim=1)
             qk = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
         qk = ops.apply_rope(qk, rotary.cos, rotary.sin)
-        query, key = qk.split((self.num_heads, self.num_kv_heads), dim=1)
+        query, key = torch.split(qk, [self.num_heads, self.num_kv_heads], dim=1)
         out = self._attend(query, key, value, metadata, cache)
         projected: torch.Tensor = self.o_proj(out.flatten(1))
         return projected
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         else:
             qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
         heads = qkv.view(x.shape[0], -1, self.head_dim)
-        qk, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        qk, value = torch.split(heads, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         return qk, value
 
     def _attend(

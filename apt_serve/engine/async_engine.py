@@ -9,7 +9,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 
 from apt_serve.engine.client import (
@@ -36,9 +36,9 @@ Command = Callable[[Engine], None]
 class AsyncEngine:
     """Runs an Engine on a thread of its own.
 
-    The event loop sends commands (add, abort) through a queue; the thread applies them between steps and hands each step's
-    deltas to the loop in one call. Admission is decided on the loop, where the number of unfinished sequences is
-    exact.
+    The event loop sends commands (add, abort) through a queue; the thread applies them between steps and hands each
+    step's deltas to the loop in one call. Admission is decided on the loop, where the number of unfinished sequences
+    is exact.
     """
 
     def __init__(self, config: EngineConfig, metrics: MetricsSink | None = None) -> None:
@@ -198,8 +198,8 @@ class AsyncEngine:
         """The engine's thread: load, then step until told to stop."""
         try:
             self._engine = Engine(self._config, self._metrics)
-        except Exception as error:
-            self._on_loop(self._started_with, error)
+        except Exception as cause:
+            self._on_loop(self._started_with, cause)
             return
         self._on_loop(self._started_with, None)
         error: Exception = EngineStoppedError("The engine is shutting down.")
@@ -236,7 +236,7 @@ class AsyncEngine:
             log.exception("sequence %s could not be added", seq.seq_id)
             self._on_loop(self._fail_one, seq.seq_id, error)
 
-    def _deliver_later(self, deltas: list[SequenceDelta | None]) -> None:
+    def _deliver_later(self, deltas: Iterable[SequenceDelta | None]) -> None:
         self._on_loop(self._deliver, [delta for delta in deltas if delta is not None])
 
     def _started_with(self, error: Exception | None) -> None:

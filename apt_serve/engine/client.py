@@ -125,10 +125,12 @@ class EngineClient(Protocol):
     """An engine as the API sees it. All methods are called on one event loop."""
 
     @property
-    def model(self) -> ModelInfo: ...
+    def model(self) -> ModelInfo:
+        """The model being served."""
 
     @property
-    def capabilities(self) -> frozenset[Capability]: ...
+    def capabilities(self) -> frozenset[Capability]:
+        """What this engine can do beyond plain generation."""
 
     async def start(self) -> None:
         """Load the model and make ready; returns when requests can be served."""
@@ -154,4 +156,5 @@ class EngineClient(Protocol):
             GenerationFailedError: the engine failed while this request ran.
         """
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """A snapshot of this moment; cheap."""

@@ -43,7 +43,9 @@ class SequenceDelta:
 class Engine:
     """Continuous batching for one model. Not thread-safe: one thread adds, aborts and steps."""
 
-    def __init__(self, config: EngineConfig, metrics: MetricsSink | None = None, model: LoadedModel | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, metrics: MetricsSink | None = None, model: LoadedModel | None = None
+    ) -> None:
         """Load what ``config`` names, or take a model that is loaded already."""
         loaded = model or load(config)
         self.model: ModelInfo = loaded.info

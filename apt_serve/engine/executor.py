@@ -6,22 +6,21 @@ GPU) can overlap with scheduling. The model runner in the engine's own thread is
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from apt_serve.engine.step import StepInput, StepOutput
 
+Handle = TypeVar("Handle")
+"""Of a step under way."""
 
-class StepHandle(Protocol):
-    """A step under way."""
 
-
-class Executor(Protocol):
+class Executor(Protocol[Handle]):
     """Runs steps of one model."""
 
-    def launch(self, step: StepInput) -> StepHandle:
+    def launch(self, step: StepInput) -> Handle:
         """Start a step; steps complete in the order they were launched."""
 
-    def collect(self, handle: StepHandle) -> StepOutput:
+    def collect(self, handle: Handle) -> StepOutput:
         """Wait for a step's output."""
 
     def reset(self) -> None:

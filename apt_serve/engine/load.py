@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class LoadedModel:
     """A model ready to take steps."""
 
     info: ModelInfo
-    executor: Executor
+    executor: Executor[Any]
     num_kv_blocks: int
 
 
@@ -128,14 +129,11 @@ def _num_kv_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype,
         typical = config.max_num_seqs * -(-min(max_model_len, TYPICAL_CONTEXT) // config.block_size)
         num_blocks = max(min(typical, int(available * KV_CACHE_MEMORY_SHARE) // block_bytes), one_context)
     if num_blocks < one_context:
-        raise ConfigError(
-            f"gives {num_blocks} KV blocks; one context of max_model_len {max_model_len} needs {one_context}", field=field
-        )
+        problem = f"gives {num_blocks} KV blocks; one context of max_model_len {max_model_len} needs {one_context}"
+        raise ConfigError(problem, field=field)
     if num_blocks * block_bytes > available:
-        raise ConfigError(
-            f"needs a KV cache of {num_blocks * block_bytes / 2**30:.1f} GiB; {available / 2**30:.1f} GiB are available",
-            field=field,
-        )
+        needed, there = num_blocks * block_bytes / 2**30, available / 2**30
+        raise ConfigError(f"needs a KV cache of {needed:.1f} GiB; {there:.1f} GiB are available", field=field)
     return num_blocks
 
 

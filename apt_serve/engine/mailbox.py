@@ -48,11 +48,11 @@ class Mailbox:
 
 
 def _merge(first: GenerationOutput, second: GenerationOutput) -> GenerationOutput:
-    logprobs = None if first.logprobs is None and second.logprobs is None else (*(first.logprobs or ()), *(second.logprobs or ()))
+    has_logprobs = first.logprobs is not None or second.logprobs is not None
     return replace(
         second,
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
-        logprobs=logprobs,
+        logprobs=(*(first.logprobs or ()), *(second.logprobs or ())) if has_logprobs else None,
         prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
     )

@@ -45,9 +45,11 @@ class FinishRecord:
 class MetricsSink(Protocol):
     """Receives records on the engine's thread; must be quick and must not raise."""
 
-    def step(self, record: StepRecord) -> None: ...
+    def step(self, record: StepRecord) -> None:
+        """A step has completed."""
 
-    def finished(self, record: FinishRecord) -> None: ...
+    def finished(self, record: FinishRecord) -> None:
+        """A choice has ended."""
 
 
 class NullMetrics:

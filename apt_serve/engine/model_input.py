@@ -30,7 +30,7 @@ class ModelInput:
 class PersistentBatch:
     """Token ids and block tables of the running sequences, by slot.
 
-    Kept between steps, so that a step costs work in the number of its sequences and not in the length of their contexts.
+    Kept between steps, so that a step costs work in the number of its sequences, not in the length of their contexts.
     """
 
     def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:

@@ -68,7 +68,7 @@ class SamplingParams:
             value = getattr(self, name)
             ok = math.isfinite(value) and low <= value <= high
             _require(ok, name, f"must be between {low:g} and {high:g}, got {value}")
-        _require(0 < self.top_p, "top_p", f"must be above 0, got {self.top_p}")
+        _require(self.top_p > 0, "top_p", f"must be above 0, got {self.top_p}")
         _require(self.repetition_penalty > 0, "repetition_penalty", f"must be above 0, got {self.repetition_penalty}")
         _require(self.top_k >= -1, "top_k", f"must be -1 (all), 0 (all) or positive, got {self.top_k}")
         _require(self.min_tokens >= 0, "min_tokens", f"must be at least 0, got {self.min_tokens}")

@@ -77,8 +77,9 @@ def varlen_attention(
     """
     _check_heads(query, key.shape[1], "key")
     _require(key.shape == value.shape, "value", "must have key's shape")
-    backend = cpu_attention if query.device.type == "cpu" else reference
-    return backend.varlen_attention(query, key, value, cu_seqlens, scale, window)
+    if query.device.type == "cpu":
+        return cpu_attention.varlen_attention(query, key, value, cu_seqlens, scale, window)
+    return reference.varlen_attention(query, key, value, cu_seqlens, scale, window)
 
 
 def _check_heads(query: torch.Tensor, num_kv_heads: int, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from apt_kernels import ops, reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -24,9 +25,8 @@ class Paged:
         for b, (_, context) in enumerate(lengths):
             table, free = free[: blocks[b]], free[blocks[b] :]
             self.block_tables[b, : blocks[b]] = table
-            slots = (table.long().repeat_interleave(block_size) * block_size + torch.arange(block_size).repeat(blocks[b]))[
-                :context
-            ]
+            first_slots = table.long().repeat_interleave(block_size) * block_size
+            slots = (first_slots + torch.arange(block_size).repeat(blocks[b]))[:context]
             kv = torch.randn(2, context, num_kv_heads, head_dim, dtype=torch.float64).to(dtype)
             ops.store_kv(kv[0], kv[1], self.keys, self.values, slots)
         self.num_decodes = next((i for i, q in enumerate(query_lens) if q != 1), len(query_lens))
@@ -131,7 +131,8 @@ def test_varlen_attention_has_the_reference_gradients():
 def test_arguments_that_do_not_fit_are_refused_by_name():
     paged = Paged([(1, 5), (3, 9)])
     with pytest.raises(ValueError, match="query"):
-        ops.varlen_attention(torch.zeros(3, 4), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8), cu_seqlens=paged.cu_seqlens_q, scale=1)
+        kv = torch.zeros(3, 2, 8)
+        ops.varlen_attention(torch.zeros(3, 4), kv, kv, cu_seqlens=paged.cu_seqlens_q, scale=1)
     paged.query = torch.zeros(4, 5, 16)
     with pytest.raises(ValueError, match="key_cache"):
         paged.run()

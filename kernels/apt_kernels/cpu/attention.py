@@ -56,8 +56,8 @@ def varlen_attention(
 def _buckets(context_lens: list[int]) -> dict[int, list[int]]:
     """Row numbers by the length their contexts are padded to: 64, 128, 256, ...
 
-    A context's padding depends on its own length only, so a sequence's result does not depend on its batch mates, and at
-    most half of what is read is padding.
+    A context's padding depends on its own length only, so a sequence's result does not depend on its batch mates, and
+    at most half of what is read is padding.
     """
     buckets: dict[int, list[int]] = {}
     for row, length in enumerate(context_lens):

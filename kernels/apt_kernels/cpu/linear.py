@@ -15,7 +15,7 @@ PACKABLE_DTYPES = (torch.float32, torch.bfloat16)
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether oneDNN has a packed layout for this weight on this machine."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+
 from apt_core.checkpoint import load_into, open_checkpoint
 from apt_core.kv_cache import allocate_kv_cache
 from apt_core.metadata import AttentionMetadata

@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+
 from apt_core.errors import ConfigError, InvalidRequestError
 from apt_serve.engine import async_engine
 from apt_serve.engine.async_engine import AsyncEngine
@@ -15,7 +16,6 @@ from apt_serve.engine.client import (
 )
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.sampling_params import SamplingParams
-
 from tests.apt_serve.engine.test_engine import PROMPT, Faulty
 from tests.apt_serve.engine.tiny_engine import naive_greedy, tiny_engine
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+
 from apt_core.errors import ConfigError, InvalidRequestError
 from apt_serve.engine.client import GenerationRequest
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.engine import MAX_FAILED_STEPS, EngineBrokenError
 from apt_serve.engine.load import load
 from apt_serve.engine.sampling_params import SamplingParams
-
 from tests.apt_serve.engine.tiny_engine import EOS, MAX_MODEL_LEN, VOCAB_SIZE, naive_greedy, naive_logits, tiny_engine
 
 PROMPT = tuple(range(20, 60))

@@ -1,21 +1,22 @@
 """Greedy output of the engine equals a naive full recompute, whatever happens around it."""
 
 import random
-from functools import lru_cache
+from functools import cache
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from apt_serve.engine.client import GenerationRequest
 from apt_serve.engine.sampling_params import SamplingParams
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tests.apt_serve.engine.tiny_engine import VOCAB_SIZE, naive_greedy, tiny_engine
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected_output(prompt, max_tokens):
     return tuple(naive_greedy(prompt, max_tokens))
 
 
-@lru_cache(maxsize=None)
+@cache
 def some_prompts():
     """Prompts of which many share their beginnings."""
     rng = random.Random(1)

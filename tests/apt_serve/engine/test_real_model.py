@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+
 from apt_core.checkpoint import open_checkpoint
 from apt_serve.engine.config import EMBEDDED_MODEL
 from apt_serve.engine.sampling_params import SamplingParams
@@ -102,7 +103,7 @@ def test_a_prompt_is_text_or_token_ids_and_one_or_many(llm):
     ids = llm.tokenizer.encode(PROMPTS[0])
     alone = llm.generate(PROMPTS[0], sampling)[0]
     assert alone.token_ids == llm.generate(ids, sampling)[0].token_ids
-    assert [r.token_ids for r in llm.generate([PROMPTS[0], PROMPTS[2]], sampling)][0] == alone.token_ids
+    assert next(r.token_ids for r in llm.generate([PROMPTS[0], PROMPTS[2]], sampling)) == alone.token_ids
     per_prompt = llm.generate([ids, ids], [sampling, SamplingParams(temperature=0, max_tokens=5)])
     assert [len(r.token_ids) for r in per_prompt] == [3, 5]
     assert per_prompt[1].num_cached_tokens == 0  # shorter than a block

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from apt_serve.engine.sampler import Filters, Sampler, draw, gather_logprobs, uniform_at
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.engine.step import AddedSequence
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 VOCAB = 600  # more than the candidates a filtered row looks at first
 EOS = 3
@@ -96,7 +97,7 @@ def test_greedy_is_the_exact_argmax_also_at_a_vanishing_temperature():
 
 
 def test_a_row_gets_the_same_token_whatever_shares_its_batch():
-    params = [SamplingParams(temperature=1.0, top_p=0.9, seed=1), SamplingParams(temperature=0), SamplingParams(min_p=0.1)]
+    params = [SamplingParams(top_p=0.9, seed=1), SamplingParams(temperature=0), SamplingParams(min_p=0.1)]
     sampler, logits = sampler_with(*params), torch.randn(3, VOCAB)
     together = sample(sampler, logits).token_ids
     alone = [sample(sampler_with(*params), logits[i : i + 1], slots=[i]).token_ids[0] for i in range(3)]
@@ -121,8 +122,8 @@ def test_logit_bias_is_added():
 
 
 def test_penalties_follow_their_definitions():
-    sampling = SamplingParams(temperature=0, repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logprobs=0)
-    sampler = sampler_with(sampling, token_ids=(1, 2, 4, 4), num_prompt_tokens=2)
+    penalties = dict(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    sampler = sampler_with(SamplingParams(temperature=0, **penalties), token_ids=(1, 2, 4, 4), num_prompt_tokens=2)
     seen = []
     for step in sampler.steps:
         apply = step.apply

@@ -4,6 +4,8 @@ import time
 from functools import lru_cache
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
 from apt_core.kv_cache import allocate_kv_cache
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
@@ -15,7 +17,6 @@ from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.engine import Engine
 from apt_serve.engine.load import LoadedModel
 from apt_serve.engine.model_runner import ModelRunner
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 VOCAB_SIZE = 256
 EOS = 129

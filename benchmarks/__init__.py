@@ -1,0 +1,1 @@
+"""Speed, measured beside a physical limit or a peer in the same run."""

@@ -1,0 +1,1 @@
+"""The engine alone, offline: `python -m benchmarks.engine`."""

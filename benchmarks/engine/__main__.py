@@ -1,0 +1,101 @@
+"""`python -m benchmarks.engine`: decode, prefill, TTFT and inter-token latency of the offline engine."""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+
+import torch
+
+from apt_core.checkpoint import open_checkpoint
+from apt_core.model_config import ModelConfig
+from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
+from apt_serve.engine.engine import Engine
+from benchmarks.engine.offline import Timings, Workload, percentile, prefill_tokens_per_s, run_offline
+from benchmarks.machine import Limits, describe, measure_limits
+
+
+def main() -> None:
+    """Run every workload in interleaved rounds and print the medians."""
+    args = _parse()
+    config = EngineConfig(
+        source=args.source,
+        dtype=args.dtype,
+        num_threads=args.threads,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+    )
+    engine = Engine(config)
+    model, dtype = open_checkpoint(args.source).config, getattr(torch, args.dtype)
+    limits = measure_limits(dtype)
+    print(describe())
+    print(f"model     {engine.model.name}, {args.dtype}, {torch.get_num_threads()} threads")
+    print(f"shapes    prompt {args.prompt_len}, output {args.output_len}, {args.rounds} rounds, medians")
+    print(f"limits    reads {limits.read_gb_s:.1f} GB/s, multiplies {limits.gemm_gflop_s:.0f} GFLOP/s")
+
+    workloads = [Workload(n, args.prompt_len, args.output_len) for n in args.streams]
+    run_offline(engine, Workload(1, args.prompt_len, 4), seed=0)
+    rounds: list[list[Timings]] = [[] for _ in workloads]
+    prefill: list[float] = []
+    for number in range(args.rounds):
+        prefill.append(prefill_tokens_per_s(engine, 1024, seed=1000 + number))
+        for i, workload in enumerate(workloads):
+            rounds[i].append(run_offline(engine, workload, seed=number * 100 + i))
+    _print_table(workloads, rounds, model, dtype, limits)
+    rate = 2 * num_layer_weights(model) * median(prefill) / 1e9
+    print(f"prefill   {median(prefill):.0f} tok/s, {rate / limits.gemm_gflop_s:.0%} of the matrix rate")
+
+
+def num_layer_weights(model: ModelConfig) -> int:
+    """Weights of the matrices every token passes, without embedding and output head."""
+    attention = model.hidden_size * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
+    return model.num_layers * (attention + 3 * model.hidden_size * model.intermediate_size)
+
+
+def decode_limit(model: ModelConfig, dtype: torch.dtype, limits: Limits, num_streams: int, context: int) -> float:
+    """Most tokens per second: a step reads all weights and contexts once and multiplies once for each stream."""
+    num_weights = num_layer_weights(model) + model.vocab_size * model.hidden_size
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * context
+    read_s = (num_weights * dtype.itemsize + num_streams * kv_bytes) / (limits.read_gb_s * 1e9)
+    multiply_s = 2 * num_weights * num_streams / (limits.gemm_gflop_s * 1e9)
+    return num_streams / max(read_s, multiply_s)
+
+
+def _print_table(
+    workloads: list[Workload], rounds: list[list[Timings]], model: ModelConfig, dtype: torch.dtype, limits: Limits
+) -> None:
+    heads = ("streams", "decode tok/s", "of limit", "to 1", "total tok/s", "TTFT ms", "ITL p50/p99 ms")
+    print("\n" + "  ".join(heads))
+    first = None
+    for workload, timings in zip(workloads, rounds, strict=True):
+        decode = median(t.decode_tokens_per_s for t in timings)
+        first = first or decode
+        context = workload.prompt_len + workload.output_len // 2
+        limit = decode_limit(model, dtype, limits, workload.num_streams, context)
+        gaps = sorted(gap for t in timings for gap in t.gaps_s)
+        cells = (
+            f"{workload.num_streams}",
+            f"{decode:.1f}",
+            f"{decode / limit:.0%}",
+            f"{decode / first:.1f}x",
+            f"{median(t.tokens_per_s for t in timings):.1f}",
+            f"{median(t.ttft_s for t in timings) * 1e3:.0f}",
+            f"{percentile(gaps, 0.5) * 1e3:.1f}/{percentile(gaps, 0.99) * 1e3:.1f}",
+        )
+        print("  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
+    parser.add_argument("--source", default=EMBEDDED_MODEL)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=EngineConfig.max_num_batched_tokens)
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The server over HTTP: `python -m benchmarks.serve`."""

@@ -1,0 +1,92 @@
+"""`python -m benchmarks.serve`: tokens/s, TTFT and inter-token latency over HTTP, as ratios of the offline engine's."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from contextlib import ExitStack
+from statistics import median
+
+import torch
+
+from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
+from apt_serve.engine.engine import Engine
+from benchmarks.engine.offline import Timings, Workload, percentile, run_offline
+from benchmarks.machine import describe
+from benchmarks.serve.client import run_http
+from benchmarks.serve.launch import server
+
+
+def main() -> None:
+    """Run every workload offline and through each runner, in interleaved rounds, and print the medians."""
+    args = _parse()
+    config = EngineConfig(source=args.source, dtype=args.dtype, num_threads=args.threads)
+    engine = Engine(config)
+    vocab_size, model = engine.model.vocab_size, engine.model.name
+    workloads = [Workload(n, args.prompt_len, args.output_len) for n in args.streams]
+    flags = [args.source, f"--model.dtype={args.dtype}"]
+    if args.threads:
+        flags.append(f"--model.num_threads={args.threads}")
+    found: dict[str, list[list[Timings]]] = {}
+
+    def measure(name: str, url: str | None, number: int) -> None:
+        results = found.setdefault(name, [[] for _ in workloads])
+        for i, workload in enumerate(workloads):
+            seed = 1 + number * 1000 + i * 10 + list(found).index(name)  # never a prompt that a cache may know
+            if url is None:
+                timings = run_offline(engine, workload, seed)
+            else:
+                timings = asyncio.run(run_http(url, model, vocab_size, workload, seed))
+            results[i].append(timings)
+
+    with ExitStack() as servers:
+        urls = {runner: servers.enter_context(server(runner, flags)) for runner in args.runners}
+        warm_up = Workload(2, 16, 4)
+        run_offline(engine, warm_up, seed=0)
+        for url in urls.values():
+            asyncio.run(run_http(url, model, vocab_size, warm_up, seed=0))
+        for number in range(args.rounds):
+            measure("offline", None, number)
+            for runner, url in urls.items():
+                measure(runner, url, number)
+    print(describe())
+    print(f"model     {model}, {args.dtype}, {torch.get_num_threads()} threads")
+    print(f"shapes    prompt {args.prompt_len}, output {args.output_len}, {args.rounds} rounds, medians")
+    _print_table(workloads, found)
+
+
+def _print_table(workloads: list[Workload], found: dict[str, list[list[Timings]]]) -> None:
+    heads = (" " * 8, "streams", "tok/s  ", "of offline", "to 1 ", "TTFT ms", "ITL p50/p99 ms")
+    print("\n" + "  ".join(heads))
+    offline = [median(t.tokens_per_s for t in timings) for timings in found["offline"]]
+    for name, by_workload in found.items():
+        rates = [median(t.tokens_per_s for t in timings) for timings in by_workload]
+        for i, timings in enumerate(by_workload):
+            gaps = sorted(gap for t in timings for gap in t.gaps_s)
+            cells = (
+                name,
+                f"{workloads[i].num_streams}",
+                f"{rates[i]:.1f}",
+                f"{rates[i] / offline[i]:.0%}",
+                f"{rates[i] / rates[0]:.1f}x",
+                f"{median(t.ttft_s for t in timings) * 1e3:.0f}",
+                f"{percentile(gaps, 0.5) * 1e3:.1f}/{percentile(gaps, 0.99) * 1e3:.1f}",
+            )
+            print("  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=__doc__)
+    parser.add_argument("--source", default=EMBEDDED_MODEL)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--runners", nargs="+", default=["uvicorn", "ray"], choices=["uvicorn", "ray"])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
