@@ -5,16 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticOmit, core_schema
 from starlette.responses import Response
+
+_MAX_FIELDS = 256
 
 
 class RequestSchema(BaseModel):
     """A body from a client: no coercion, no unknown fields, null means left out."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_fields(cls, data: Any) -> Any:
+        # Each unknown field costs an error of its own: a body full of them would hold up everybody.
+        if isinstance(data, dict) and len(data) > _MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", "Input should have at most {max} fields", {"max": _MAX_FIELDS})
+        return data
 
 
 class ResponseSchema(BaseModel):

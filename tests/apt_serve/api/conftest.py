@@ -45,7 +45,7 @@ class ScriptedServer:
 
 CONFIG = ServerConfig(
     api=ApiConfig(
-        request_timeout_s=3.0,
+        request_timeout_s=60.0,
         max_body_bytes=1024 * 1024,
         max_generations_per_websocket=4,
         cors_allow_origins=("https://friend.example",),

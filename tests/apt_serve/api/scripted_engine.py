@@ -159,7 +159,8 @@ class ScriptedEngine:
                     )
             self.num_tokens_made += len(running)
             running = [choice for choice in running if not choice.finish_reason]
-            await asyncio.sleep(self.script.token_delay_s)
+            if running:
+                await asyncio.sleep(self.script.token_delay_s)
 
 
 class _Choice:
