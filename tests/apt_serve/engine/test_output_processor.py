@@ -282,6 +282,8 @@ def test_text_ends_where_searching_it_byte_by_byte_would(
         outputs.append(output)
         del tokens[:size]
         step += 1
+    if not outputs[-1].finish_reason:
+        outputs.append(processor.abort(seq))
     assert (text_of(outputs), sum(len(o.token_ids) for o in outputs), outputs[-1].stop_reason) == expected
 
 
