@@ -33,20 +33,24 @@ from apt_serve.api.middleware import (
     LastResortMiddleware,
     RequestIdMiddleware,
 )
-from apt_serve.api.state import ApiState, Phase
+from apt_serve.api.state import ApiState
 from apt_serve.config import ApiConfig, ServerConfig
 from apt_serve.engine.client import EngineClient
 
 _ROUTERS = (completions, chat, models, generate, tokenization, health, metrics, websocket, unavailable)
 
 
-def create_app(config: ServerConfig, engine: EngineClient, prometheus: PrometheusMetrics) -> FastAPI:
-    """The application. Its lifespan starts the engine, and stops it when the server shuts down.
+def create_app(
+    config: ServerConfig, engine: EngineClient, prometheus: PrometheusMetrics, *, runs_engine: bool = True
+) -> FastAPI:
+    """The application over an engine.
 
     Args:
         config: settings of the server.
         engine: not yet started.
         prometheus: the sink that the engine reports to.
+        runs_engine: the lifespan starts and stops the engine; else whoever runs the app calls ``start`` and ``stop`` of
+            ``app.state.api``.
     """
     state = ApiState(config, engine, prometheus)
     prometheus.watch(engine)
@@ -54,7 +58,7 @@ def create_app(config: ServerConfig, engine: EngineClient, prometheus: Prometheu
         title=openapi.TITLE,
         description=openapi.DESCRIPTION,
         openapi_tags=openapi.TAGS,
-        lifespan=_lifespan,
+        lifespan=_lifespan if runs_engine else None,
         middleware=_middleware(config.api),
         exception_handlers={
             kind: _answer_error for kind in (HTTPException, RequestValidationError, RequestTimeoutError, AptError)
@@ -71,13 +75,11 @@ def create_app(config: ServerConfig, engine: EngineClient, prometheus: Prometheu
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: ApiState = app.state.api
-    await state.engine.start()
-    state.phase = Phase.READY
+    await state.start()
     try:
         yield
     finally:
-        state.phase = Phase.STOPPING
-        await state.engine.stop(state.config.api.shutdown_grace_s)
+        await state.stop()
 
 
 def _middleware(config: ApiConfig) -> list[Middleware]:

@@ -27,7 +27,7 @@ def errors(*statuses: int) -> Responses:
 _STREAM: Final[Responses] = {
     200: {
         "description": "The whole answer or, with `stream`, server-sent events that end with `data: [DONE]`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     }
 }
 

@@ -35,6 +35,16 @@ class ApiState:
     metrics: PrometheusMetrics
     phase: Phase = Phase.STARTING
 
+    async def start(self) -> None:
+        """Load the model and make ready."""
+        await self.engine.start()
+        self.phase = Phase.READY
+
+    async def stop(self) -> None:
+        """Refuse new requests, let running ones finish within the grace period, abort the rest."""
+        self.phase = Phase.STOPPING
+        await self.engine.stop(self.config.api.shutdown_grace_s)
+
     def engine_for(self, model: str | None) -> EngineClient:
         """The engine that serves a model.
 

@@ -75,7 +75,7 @@ class ScriptedEngine:
         )
 
     async def start(self) -> None:
-        pass
+        self.script.is_stopped = False
 
     async def stop(self, grace_s: float = 0.0) -> None:
         self.script.is_stopped = True
