@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Final, NoReturn
 from urllib.parse import urlsplit
@@ -22,6 +23,8 @@ from apt_serve.api.state import ApiState, State
 logger = logging.getLogger(__name__)
 router = APIRouter()
 
+_CLOSE_TIMEOUT_S = 2.0
+
 _CLIENT_MESSAGE: Final = TypeAdapter[GenerateMessage | CancelMessage | PongMessage](ClientMessage)
 
 
@@ -37,8 +40,17 @@ async def generate(websocket: WebSocket, state: State) -> None:
     except WebSocketDisconnect:
         pass
     except SocketClosed as closed:
-        with suppress(WebSocketDisconnect, RuntimeError):
-            await websocket.close(closed.code, closed.reason)
+        await _close(websocket, closed.code, closed.reason)
+    except Exception:
+        logger.exception("a WebSocket failed by a fault of the server's")
+        await _close(websocket, 1011, "a fault of the server's")
+
+
+async def _close(websocket: WebSocket, code: int, reason: str) -> None:
+    # A client that does not read cannot be told either.
+    with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await websocket.close(code, reason)
 
 
 def _is_allowed_origin(websocket: WebSocket, allowed: tuple[str, ...]) -> bool:
@@ -72,9 +84,10 @@ class _Session:
         # The receiver must run beside the writer: behind Ray Serve's proxy only it learns that the client has left.
         ends = [self._spawn(self._receive()), self._spawn(self._outbox.write())]
         try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in ends:
+                if end.done():
+                    end.result()
             raise AssertionError("both sides of a socket run for ever")
         finally:
             tasks = list(self._tasks)
@@ -82,7 +95,7 @@ class _Session:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

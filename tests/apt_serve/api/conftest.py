@@ -74,9 +74,12 @@ def scripted(_scripted_server: ScriptedServer) -> ScriptedServer:
 
 @pytest.fixture
 def endpoint(request: pytest.FixtureRequest) -> Endpoint:
-    """The server whose contract is tested: APT_TEST_BASE_URL if it is set, else the scripted one."""
+    """The server whose contract is tested: APT_TEST_BASE_URL if it is set, else the scripted one.
+
+    Tests that tell the engine what to do ask for ``scripted`` too, and then it is always that one.
+    """
     base_url = os.environ.get("APT_TEST_BASE_URL")
-    if base_url is None:
+    if base_url is None or "scripted" in request.fixturenames:
         server: ScriptedServer = request.getfixturevalue("scripted")
         return server.endpoint
     [model] = httpx.get(f"{base_url}/models").json()["models"]

@@ -11,7 +11,6 @@ from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.config import ServerConfig
 from tests.apt_serve.api.scripted_engine import ScriptedEngine
 
-
 _METRICS = PrometheusMetrics("scripted")
 _APP = create_app(ServerConfig(), ScriptedEngine(_METRICS), _METRICS)
 schema = schemathesis.openapi.from_asgi("/openapi.json", _APP)

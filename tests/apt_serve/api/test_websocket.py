@@ -265,6 +265,18 @@ def test_a_client_that_does_not_answer_is_cut_off_and_disturbs_nobody() -> None:
         wait_until(lambda: not engine.running)
 
 
+def test_a_fault_of_the_servers_closes_the_socket(scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("apt_serve.api.websocket._Session._handle", broken)
+    with socket_to(scripted.endpoint) as socket:
+        socket.generate("a")
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.receive()
+    assert closed.value.rcvd is not None and closed.value.rcvd.code == 1011
+
+
 def test_origins(scripted: ScriptedServer) -> None:
     own = scripted.base_url
     for origin in (None, own, "https://friend.example"):
