@@ -44,7 +44,7 @@ class IncrementalDetokenizer:
         """The context, while it may end within a character that the output completes."""
         self._next_start = 0
         """Where the window may start next: the last but one place at which a character ended."""
-        self._last_end = 0 if self._open_prompt else len(self._window)
+        self._last_end = len(self._window)
         """The last place in the window at which a character ended."""
 
     def push(self, token_ids: Iterable[int]) -> str:

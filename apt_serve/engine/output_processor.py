@@ -107,10 +107,8 @@ class OutputProcessor:
             if sampling.include_stop_str_in_output:
                 self._add_text(state.detokenizer.push((token_id,)), seq, state, delta, counts=False)
         else:
-            is_last = state.num_output_tokens >= seq.max_tokens
-            text = state.detokenizer.push((token_id,)) + (state.detokenizer.flush() if is_last else "")
-            self._add_text(text, seq, state, delta, counts=counts)
-            if is_last and delta.finish_reason is None:
+            self._add_text(state.detokenizer.push((token_id,)), seq, state, delta, counts=counts)
+            if delta.finish_reason is None and state.num_output_tokens >= seq.max_tokens:
                 delta.finish_reason = "length"
         if delta.finish_reason and not isinstance(delta.stop_reason, str):
             delta.text += _flush(state)

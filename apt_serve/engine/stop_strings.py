@@ -54,7 +54,7 @@ class StopStringMatcher:
         best: StopMatch | None = None
         best_end = len(pending) + 1
         for stop in self._stops:
-            start = pending.find(stop, max(0, num_old - len(stop) + 1), best_end)
+            start = pending.find(stop, max(0, num_old - len(stop) + 1))
             if start >= 0 and start + len(stop) < best_end:
                 best, best_end = StopMatch(pending[:start], stop), start + len(stop)
         return best

@@ -83,6 +83,11 @@ def test_only_special_tokens_before_it_make_a_word_the_first() -> None:
     assert pieces(SENTENCEPIECE, [special], [256, 256]) == ["word", " word", ""]
 
 
+def test_special_tokens_leave_the_context_as_it_was() -> None:
+    special = max(SENTENCEPIECE.special_ids)
+    assert "".join(pieces(SENTENCEPIECE, [256], [256, *[special] * 100, 256])) == " word word"
+
+
 def test_special_tokens_are_left_out_or_spelled_out() -> None:
     assert pieces(BYTES, [65], [66, END, 67]) == ["B", "", "C", ""]
     assert pieces(BYTES, [65], [66, END, 67], skip=False) == ["B", "<end>", "C", ""]
@@ -111,7 +116,9 @@ def test_the_window_stays_bounded_whatever_comes() -> None:
 
 
 def test_text_of_invalid_bytes_does_not_wait_for_the_end() -> None:
-    assert "".join(pieces(BYTES, [65], [0x80] * 20)[:-1]) == REPLACEMENT * 17
+    for num_valid in range(40):
+        found = pieces(BYTES, [65], [*[66] * num_valid, *[0x80] * 20])[:-1]
+        assert "".join(found[num_valid:]) == REPLACEMENT * 17
 
 
 def test_sentencepiece_bytes_come_out_as_characters() -> None:
