@@ -18,10 +18,17 @@ _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Gives every request an id, the client's own if it is sane, and returns it with every response."""
+    """Gives every request an id, the client's own if it is sane, and returns it with every response.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Ray Serve adds the header to every HTTP response by itself, with the id it hands to the application: behind it
+    (``is_behind_serve``) the header is left to Serve, or the client would get it twice.
+    """
+
+    def __init__(self, app: ASGIApp, is_behind_serve: bool = False) -> None:
         self._app = app
+        self._answered = ["websocket.accept", "websocket.http.response.start"]
+        if not is_behind_serve:
+            self._answered.append("http.response.start")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -33,7 +40,7 @@ class RequestIdMiddleware:
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] in ("http.response.start", "websocket.accept", "websocket.http.response.start"):
+            if message["type"] in self._answered:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
@@ -67,8 +74,16 @@ class LastResortMiddleware:
             await as_api_error(error).response()(scope, receive, send)
 
 
+DISCARD_FACTOR = 16
+"""How much more than the largest body is read before a client is cut off."""
+
+
 class BodyLimitMiddleware:
-    """Refuses bodies above a size: at once if the client declares it, else as soon as it has sent too much."""
+    """Refuses bodies above a size: by what the client declares, else as soon as it has sent too much.
+
+    The rest of the body is read and thrown away, up to DISCARD_FACTOR times the size: a client that still sends when
+    its connection is closed sees a reset instead of the answer. One that waits for "100 Continue" sends nothing.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -79,8 +94,11 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
+            if headers.get("expect", "").lower() != "100-continue":
+                await self._discard(receive)
             await self._refusal().response()(scope, receive, send)
             return
         num_received = 0
@@ -90,10 +108,21 @@ class BodyLimitMiddleware:
             message = await receive()
             num_received += len(message.get("body", b""))
             if num_received > self._max_bytes:
+                if message.get("more_body", False):
+                    await self._discard(receive)
                 raise self._refusal()
             return message
 
         await self._app(scope, counting_receive, send)
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read what else the client sends."""
+        num_bytes, message = 0, await receive()
+        while message["type"] == "http.request" and message.get("more_body", False):
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > DISCARD_FACTOR * self._max_bytes:
+                return
+            message = await receive()
 
     def _refusal(self) -> ApiError:
         message = f"The request body is larger than {self._max_bytes} bytes."

@@ -39,6 +39,11 @@ class ResponseSchema(BaseModel):
         return Response(self.to_json(), media_type="application/json")
 
 
+def example(**body: Any) -> ConfigDict:
+    """The body that /docs offers to try; without it, Swagger makes one up of all fields at once."""
+    return ConfigDict(json_schema_extra={"examples": [body]})
+
+
 @dataclass(frozen=True)
 class Refuse:
     """Annotates a field of OpenAI's that APT does not have: any value is refused but null and the neutral ones."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from apt_serve.api.schemas.base import Refuse, RequestSchema, ResponseSchema
+from apt_serve.api.schemas.base import Refuse, RequestSchema, ResponseSchema, example
 from apt_serve.api.schemas.common import GenerationFields, LogprobCount, Usage
 from apt_serve.engine.client import FinishReason
 
@@ -72,7 +72,9 @@ class ResponseFormat(RequestSchema):
 class ChatCompletionRequest(GenerationFields):
     """Answer a conversation."""
 
-    messages: Messages = Field(examples=[[{"role": "user", "content": "Why is the sky blue?"}]])
+    model_config = example(messages=[{"role": "user", "content": "Why is the sky blue?"}], max_completion_tokens=64)
+
+    messages: Messages
     max_completion_tokens: int | None = Field(
         None, ge=1, description="Most tokens to generate; left out, as many as the context length allows."
     )

@@ -91,9 +91,7 @@ class SamplingFields(RequestSchema):
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Above 1 discourages repetition.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: LogitBias | None = Field(
-        None, description="Token id to a bias between -100 and 100.", examples=[{"15": -100}]
-    )
+    logit_bias: LogitBias | None = Field(None, description="Token id to a bias between -100 and 100.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed and request, same tokens.")
     stop: Stop | None = Field(None, description=f"Up to {MAX_STOP_STRINGS} strings at which generation ends.")
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None

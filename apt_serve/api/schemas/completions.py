@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from apt_serve.api.schemas.base import Refuse, ResponseSchema
+from apt_serve.api.schemas.base import Refuse, ResponseSchema, example
 from apt_serve.api.schemas.common import GenerationFields, LogprobCount, TokenIds, Usage
 from apt_serve.engine.client import FinishReason
 
@@ -40,7 +40,9 @@ Prompt = Annotated[
 class CompletionRequest(GenerationFields):
     """Continue one or several prompts."""
 
-    prompt: Prompt = Field(description="Text, texts, token ids, or lists of token ids.", examples=["The capital of"])
+    model_config = example(prompt="The capital of France is", max_tokens=16, temperature=0)
+
+    prompt: Prompt = Field(description="Text, texts, token ids, or lists of token ids.")
     max_tokens: int | None = Field(None, ge=0, description="Most tokens to generate (default 16); 0 only with echo.")
     echo: bool | None = Field(None, description="Put the prompt before the text; with logprobs, score it too.")
     logprobs: LogprobCount | None = Field(None, description="Log-probabilities of this many likely tokens.")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from apt_serve.api.schemas.base import RequestSchema, ResponseSchema
+from apt_serve.api.schemas.base import RequestSchema, ResponseSchema, example
 from apt_serve.api.schemas.chat import Messages
 from apt_serve.api.schemas.common import TokenId
 
@@ -14,7 +14,9 @@ from apt_serve.api.schemas.common import TokenId
 class GenerateRequest(RequestSchema):
     """Continue a text, the simplest way."""
 
-    text: str = Field(examples=["The capital of France is"])
+    model_config = example(text="The capital of France is", max_length=16, temperature=0)
+
+    text: str
     max_length: int = Field(128, ge=1, description="Most tokens to generate.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the most likely token.")
 
@@ -65,8 +67,10 @@ class ModelSummaries(ResponseSchema):
 class TokenizeRequest(RequestSchema):
     """A text or a conversation to turn into token ids; exactly one of the two."""
 
+    model_config = example(prompt="Hello")
+
     model: str | None = None
-    prompt: str | None = Field(None, examples=["Hello"])
+    prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         None, description="Add the tokenizer's own prefix, such as BOS (default: true for prompt, false for messages)."
@@ -84,8 +88,10 @@ class TokenizeResponse(ResponseSchema):
 class DetokenizeRequest(RequestSchema):
     """Token ids to turn into text."""
 
+    model_config = example(tokens=[1, 2, 3])
+
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)] = Field(examples=[[1, 2, 3]])
+    tokens: Annotated[list[TokenId], Field(max_length=1_000_000, fail_fast=True)]
 
 
 class DetokenizeResponse(ResponseSchema):
