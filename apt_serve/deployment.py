@@ -74,7 +74,7 @@ class Replica:
     async def drain(self) -> None:
         """Refuse new requests; return when running ones have finished or the grace period is over."""
         if self._server:
-            await self._server.drain()
+            await self._server.stop()
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
@@ -18,15 +16,15 @@ from apt_serve.engine.async_engine import AsyncEngine
 class Server:
     """One engine and the HTTP application over it. Nothing is loaded until ``start``.
 
-    The runner starts and stops it, instead of the application's ASGI lifespan: so the runner sees why a model cannot be
-    loaded, and not only that start-up failed.
+    The runner starts and stops it, not the application's ASGI lifespan: so the runner sees why a model cannot be
+    loaded, and can drain while it still listens.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         metrics = PrometheusMetrics(config.model.served_name)
-        self.app: FastAPI = create_app(config, AsyncEngine(config.model, metrics), metrics)
-        self._lifespan = self.app.router.lifespan_context(self.app)
-        self.app.router.lifespan_context = _no_lifespan
+        engine = AsyncEngine(config.model, metrics)
+        self.app: FastAPI = create_app(config, engine, metrics, runs_engine=False)
+        self._state: ApiState = self.app.state.api
 
     async def start(self) -> None:
         """Load the model and make ready.
@@ -34,16 +32,14 @@ class Server:
         Raises:
             AptError: the model cannot be loaded with these settings.
         """
-        await self._lifespan.__aenter__()
+        await self._state.start()
 
     async def stop(self) -> None:
-        """Drain, if nobody has, and stop the engine."""
-        await self._lifespan.__aexit__(None, None, None)
+        """Answer new requests with 503; return when running ones have finished or the grace period is over.
 
-    async def drain(self) -> None:
-        """Answer new requests with 503, and return when running ones have finished or the grace period is over."""
-        self._state.phase = Phase.STOPPING
-        await self._state.engine.stop(self._state.config.api.shutdown_grace_s)
+        May be called again.
+        """
+        await self._state.stop()
 
     def problem(self) -> str | None:
         """Why this server should be replaced, if it should: its engine has died or hangs."""
@@ -56,12 +52,6 @@ class Server:
             return f"requests run but no step has completed for {stats.seconds_since_progress:.0f} s"
         return None
 
-    @property
-    def _state(self) -> ApiState:
-        state = self.app.state.api
-        assert isinstance(state, ApiState)
-        return state
-
 
 def log_to_stderr() -> None:
     """Let APT's own loggers, and nobody else's, say what they do."""
@@ -72,8 +62,3 @@ def log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
         logger.handlers = [handler]
         logger.propagate = False
-
-
-@asynccontextmanager
-async def _no_lifespan(app: FastAPI) -> AsyncIterator[None]:
-    yield
