@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -66,7 +67,7 @@ class _DrainingUvicorn(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, leave at the second."""
         if self._has_signal:
-            super().handle_exit(sig, frame)
+            os._exit(128 + sig)
         else:
             self._has_signal = True
             self._loop.call_soon_threadsafe(self._begin_drain)
@@ -75,5 +76,5 @@ class _DrainingUvicorn(uvicorn.Server):
         self._draining = self._loop.create_task(self._drain())
 
     async def _drain(self) -> None:
-        await self._server.drain()
+        await self._server.stop()
         self.should_exit = True
