@@ -55,7 +55,7 @@ class Replica:
         from apt_serve.server import Server, log_to_stderr
 
         log_to_stderr()
-        server = Server(self._config)
+        server = Server(self._config, is_behind_serve=True)
         await server.start()
         self._server = server
         return server.app

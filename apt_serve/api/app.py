@@ -41,7 +41,12 @@ _ROUTERS = (completions, chat, models, generate, tokenization, health, metrics, 
 
 
 def create_app(
-    config: ServerConfig, engine: EngineClient, prometheus: PrometheusMetrics, *, runs_engine: bool = True
+    config: ServerConfig,
+    engine: EngineClient,
+    prometheus: PrometheusMetrics,
+    *,
+    runs_engine: bool = True,
+    is_behind_serve: bool = False,
 ) -> FastAPI:
     """The application over an engine.
 
@@ -51,6 +56,7 @@ def create_app(
         prometheus: the sink that the engine reports to.
         runs_engine: the lifespan starts and stops the engine; else whoever runs the app calls ``start`` and ``stop`` of
             ``app.state.api``.
+        is_behind_serve: Ray Serve puts request ids on responses by itself.
     """
     state = ApiState(config, engine, prometheus)
     prometheus.watch(engine)
@@ -59,7 +65,7 @@ def create_app(
         description=openapi.DESCRIPTION,
         openapi_tags=openapi.TAGS,
         lifespan=_lifespan if runs_engine else None,
-        middleware=_middleware(config.api),
+        middleware=_middleware(config.api, is_behind_serve),
         exception_handlers={
             kind: _answer_error for kind in (HTTPException, RequestValidationError, RequestTimeoutError, AptError)
         },
@@ -82,9 +88,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await state.stop()
 
 
-def _middleware(config: ApiConfig) -> list[Middleware]:
+def _middleware(config: ApiConfig, is_behind_serve: bool) -> list[Middleware]:
     """Outermost first: errors of the inner ones still get their request id and CORS headers."""
-    layers = [Middleware(RequestIdMiddleware)]
+    layers = [Middleware(RequestIdMiddleware, is_behind_serve)]
     if config.cors_allow_origins:
         layers.append(
             Middleware(
