@@ -60,11 +60,6 @@ class Replica:
         self._server = server
         return server.app
 
-    async def __del__(self) -> None:
-        """Called by Serve when the replica has no more requests, or may wait no longer."""
-        if self._server:
-            await self._server.stop()
-
     async def check_health(self) -> None:
         """Called by Serve every few seconds; raising gets this replica replaced."""
         problem = self._server and self._server.problem()

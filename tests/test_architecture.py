@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -74,6 +75,11 @@ def test_the_scheduling_half_of_the_engine_needs_no_torch(module: str) -> None:
 def test_bad_settings_are_refused_without_loading_torch_or_ray() -> None:
     code = "import sys, apt_serve.cli; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("package", ["apt_core", "apt_kernels", "apt_serve", "apt_train"])
+def test_every_room_is_importable_and_says_what_it_is_for(package: str) -> None:
+    assert importlib.import_module(package).__doc__
 
 
 def test_kernels_is_a_folder_and_not_a_package() -> None:

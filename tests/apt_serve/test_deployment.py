@@ -1,10 +1,22 @@
+"""What Serve is told, and a real server on a Ray cluster of its own."""
+
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from apt_core.config import parse, settings
@@ -107,3 +119,110 @@ class TestApplication:
     def test_a_replica_on_a_gpu_asks_for_one(self, deployment: Any) -> None:
         options = self.options(deployment, ServerConfig(EngineConfig(device="cuda"))).ray_actor_options
         assert options["num_gpus"] == 1
+
+
+class FakeServer:
+    """Stands where a replica keeps its server."""
+
+    def __init__(self, problem: str | None) -> None:
+        self.found = problem
+        self.num_stops = 0
+
+    def problem(self) -> str | None:
+        return self.found
+
+    async def stop(self) -> None:
+        self.num_stops += 1
+
+
+class TestReplica:
+    """What Serve calls in a replica."""
+
+    def replica(self, server: FakeServer | None) -> Any:
+        replica = pytest.importorskip("apt_serve.deployment").Replica(ServerConfig())
+        replica._server = server
+        return replica
+
+    async def test_a_replica_with_a_problem_is_unhealthy(self) -> None:
+        with pytest.raises(RuntimeError, match="the engine is dead"):
+            await self.replica(FakeServer("the engine is dead")).check_health()
+
+    async def test_a_replica_without_one_is_healthy(self) -> None:
+        await self.replica(FakeServer(None)).check_health()
+        await self.replica(None).check_health()
+
+    async def test_draining_stops_the_server_if_there_is_one(self) -> None:
+        server = FakeServer(None)
+        await self.replica(server).drain()
+        await self.replica(None).drain()
+        assert server.num_stops == 1
+
+
+def test_the_last_line_of_a_traceback_is_what_went_wrong() -> None:
+    last_line = pytest.importorskip("apt_serve.deployment")._last_line
+    assert last_line("Traceback:\n  File\n  CheckpointError: a.gguf: broken \n\n") == "CheckpointError: a.gguf: broken"
+    assert last_line("") == ""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """apt-serve start, and its end."""
+    command = [sys.executable, "-m", "apt_serve", "start", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=90)
+
+
+def stream(url: str, lines: list[str]) -> None:
+    body = {"messages": [{"role": "user", "content": "Tell a story."}], "stream": True, "max_tokens": 24}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body | {"ignore_eos": True}, timeout=120) as response:
+        lines.extend(line for line in response.iter_lines() if line)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_on_sigterm_running_streams_finish_and_new_requests_are_refused() -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with started(f"--port={port}", "--model.max_model_len=512", "--api.shutdown_grace_s=120") as process:
+        assert process.stdout
+        greeting = next(line for line in process.stdout if "APT serves" in line)
+        assert f"APT serves smollm2-135m-instruct at {url} " in greeting
+        assert httpx.get(f"{url}/ready").status_code == 200
+        lines: list[str] = []
+        reader = threading.Thread(target=stream, args=(url, lines))
+        reader.start()
+        deadline = time.monotonic() + 60
+        while 'num_requests_running{model_name="smollm2-135m-instruct"} 1.0' not in httpx.get(f"{url}/metrics").text:
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{url}/ready").status_code != 503:
+            assert time.monotonic() < deadline
+        refused = httpx.post(f"{url}/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 503
+        assert "Retry-After" in refused.headers
+        output = process.stdout.read()
+        reader.join()
+        assert process.wait(60) == 0, output
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_a_model_that_cannot_be_loaded_is_named_in_the_last_line() -> None:
+    with started("/absent", f"--port={free_port()}") as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    *_, last = output.strip().splitlines()
+    assert last.startswith("apt-serve: the server did not start: ")
+    assert "/absent: there is no such folder" in last
