@@ -7,8 +7,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from apt_serve.api.app import create_app
+from apt_serve.api.metrics import PrometheusMetrics
+from apt_serve.config import ServerConfig
 from tests.apt_serve.api.conftest import CONFIG, ScriptedServer
 from tests.apt_serve.api.test_bad_requests import assert_error
+from tests.apt_serve.api.scripted_engine import ScriptedEngine
 
 PATH = "/v1/completions"
 FRIEND = {"origin": "https://friend.example"}
@@ -45,6 +49,13 @@ def test_every_kind_of_answer_has_a_request_id(scripted: ScriptedServer, http: h
     ]
     assert [answer.status_code for answer in answers] == [500, 413, 404, 200, 200]
     assert all(answer.headers["x-request-id"] for answer in answers)
+
+
+async def test_behind_serve_the_request_id_is_left_to_serve() -> None:
+    metrics = PrometheusMetrics("scripted")
+    app = create_app(ServerConfig(), ScriptedEngine(metrics), metrics, is_behind_serve=True)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        assert "x-request-id" not in (await client.get("/health")).headers
 
 
 def test_declared_size_is_refused_at_once(http: httpx.Client) -> None:
