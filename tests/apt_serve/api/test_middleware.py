@@ -11,8 +11,8 @@ from apt_serve.api.app import create_app
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.config import ServerConfig
 from tests.apt_serve.api.conftest import CONFIG, ScriptedServer
-from tests.apt_serve.api.test_bad_requests import assert_error
 from tests.apt_serve.api.scripted_engine import ScriptedEngine
+from tests.apt_serve.api.test_bad_requests import assert_error
 
 PATH = "/v1/completions"
 FRIEND = {"origin": "https://friend.example"}
