@@ -33,8 +33,8 @@ class FCFS:
     """First come, first served. A newcomer never preempts."""
 
     def rank(self, seq: Sequence) -> Rank:
-        """By arrival."""
-        return (seq.arrival_time, seq.arrival_order)
+        """By arrival, then by choice."""
+        return (seq.arrival_time, seq.arrival_order, seq.index)
 
     def may_displace(self, waiting: Sequence, running: Sequence) -> bool:
         """Never."""
@@ -45,8 +45,8 @@ class Priority:
     """Lower numbers first, then by arrival. A sequence with a strictly lower number may preempt."""
 
     def rank(self, seq: Sequence) -> Rank:
-        """By priority, then by arrival."""
-        return (seq.priority, seq.arrival_time, seq.arrival_order)
+        """By priority, then by arrival, then by choice."""
+        return (seq.priority, seq.arrival_time, seq.arrival_order, seq.index)
 
     def may_displace(self, waiting: Sequence, running: Sequence) -> bool:
         """If its number is strictly lower; equals never displace each other."""

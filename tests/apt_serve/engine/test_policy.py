@@ -62,6 +62,14 @@ def test_equal_times_are_told_apart_by_order_of_arrival() -> None:
     assert [queue.pop(), queue.pop()] == [first, second]
 
 
+@pytest.mark.parametrize("name", ["fcfs", "priority"])
+def test_choices_of_one_request_are_in_their_own_order(name: str) -> None:
+    policy = make_policy(name)
+    first, second = make_sequence(), make_sequence()
+    second.arrival_order, second.index = first.arrival_order, 1
+    assert policy.rank(first) < policy.rank(second)
+
+
 def test_a_discarded_sequence_is_passed_over() -> None:
     queue = WaitingQueue(FCFS())
     first, second = make_sequence(), make_sequence()
