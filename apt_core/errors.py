@@ -9,7 +9,7 @@ from pathlib import Path
 class AptError(Exception):
     """Base of every error APT raises on purpose; keeps its fields when pickled."""
 
-    def __reduce__(self) -> tuple[Callable[..., AptError], tuple[type[AptError], tuple[object, ...], dict[str, object]]]:
+    def __reduce__(self) -> tuple[Callable[..., AptError], tuple[object, ...]]:
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
 

@@ -15,14 +15,17 @@ class Tokenizer(Protocol):
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids of special tokens, which plain text never produces and which are left out of generated text."""
+        """Ids of special tokens, which are left out of generated text."""
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint came with a chat template."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. With add_special_tokens the tokenizer's own prefix (such as BOS) is added."""
+        """Token ids of a text. With add_special_tokens the tokenizer's own prefix (such as BOS) is added.
+
+        A text that spells a special token gets that token, as in transformers: a rendered chat template relies on it.
+        """
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; incomplete UTF-8 becomes U+FFFD."""

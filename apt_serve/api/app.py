@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -60,7 +61,8 @@ def create_app(
     """
     state = ApiState(config, engine, prometheus)
     prometheus.watch(engine)
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs works without a network
+        redoc_url=None,
         title=openapi.TITLE,
         description=openapi.DESCRIPTION,
         openapi_tags=openapi.TAGS,

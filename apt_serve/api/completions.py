@@ -11,7 +11,7 @@ from apt_serve.api.generation import Job, make_job
 from apt_serve.api.json_route import JsonRoute
 from apt_serve.api.openapi import GENERATION_ERRORS
 from apt_serve.api.prompts import sampling_params, text_prompts
-from apt_serve.api.schemas.completions import MAX_PROMPTS, Completion, CompletionRequest
+from apt_serve.api.schemas.completions import Completion, CompletionRequest
 from apt_serve.api.serving import answer
 from apt_serve.api.state import State
 from apt_serve.engine.client import EngineClient
@@ -41,8 +41,9 @@ async def _make_job(engine: EngineClient, body: CompletionRequest) -> Job:
         sampling = _sampling(engine, body)
     add_special_tokens = True if body.add_special_tokens is None else body.add_special_tokens
     prompts = await text_prompts(engine.model, body.prompt, add_special_tokens=add_special_tokens)
-    if len(prompts) * sampling.n > MAX_PROMPTS:
-        raise InvalidRequestError(f"prompts times n must be at most {MAX_PROMPTS}", param="prompt")
+    most = engine.model.max_num_choices
+    if len(prompts) * sampling.n > most:
+        raise InvalidRequestError(f"prompts times n must be at most {most} on this server", param="prompt")
     return make_job(engine, "cmpl", prompts, sampling, priority=body.priority, names=_NAMES)
 
 

@@ -52,7 +52,7 @@ class AsyncEngine:
         self._started: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
-        self._refusal: Exception | None = None
+        self._refusal: str | None = None
         """Why no new requests are taken: shutting down, or dead."""
         self._progress_at = time.monotonic()
         self._finished_at = time.monotonic()
@@ -81,7 +81,7 @@ class AsyncEngine:
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """See EngineClient."""
-        self._refusal = EngineStoppedError("The engine is shutting down.")
+        self._refusal = "The engine is shutting down."
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()
@@ -137,10 +137,10 @@ class AsyncEngine:
     def _admit(self, num_sequences: int) -> None:
         """Refuse when stopping, dead or full. A request of n choices takes n places."""
         if self._refusal is not None:
-            raise self._refusal
+            raise EngineStoppedError(self._refusal)
         num_unfinished = len(self._mailboxes)
-        capacity = self._config.max_num_seqs + self._config.max_waiting_requests
-        if num_unfinished and num_unfinished + num_sequences > capacity:
+        capacity = self.model.max_num_choices
+        if num_unfinished + num_sequences > capacity:
             excess = num_unfinished + num_sequences - capacity
             retry_after_s = min(max(math.ceil(excess * self._finish_interval_s), 1), 60)
             raise EngineOverloadedError(
@@ -186,7 +186,7 @@ class AsyncEngine:
 
     def _fail_all(self, error: Exception) -> None:
         """On the loop: no sequence will get anything any more."""
-        self._refusal = EngineStoppedError(str(error))
+        self._refusal = str(error)
         for mailbox in self._mailboxes.values():
             mailbox.fail(error)
         self._mailboxes.clear()

@@ -98,6 +98,8 @@ class ModelInfo:
     created: int
     """Unix seconds at which the engine loaded it."""
     max_model_len: int
+    max_num_choices: int
+    """Choices that may run and wait at a time, over all requests."""
     vocab_size: int
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]

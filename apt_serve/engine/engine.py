@@ -24,7 +24,7 @@ from apt_serve.engine.step_recorder import StepRecorder
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED_STEPS = 3
+MAX_FAILED_STEPS = 8
 """So many failed steps in a row mean that the engine itself is broken."""
 
 
@@ -203,6 +203,8 @@ def check_request(request: GenerationRequest, model: ModelInfo) -> None:
     prompt, sampling = request.prompt_token_ids, request.sampling
     if not prompt:
         raise InvalidRequestError("The prompt is empty.", param="prompt")
+    if sampling.n > model.max_num_choices:
+        raise InvalidRequestError(f"n must be at most {model.max_num_choices} on this server.", param="n")
     _check_token_ids(prompt, "prompt", model.vocab_size)
     _check_token_ids(sampling.logit_bias, "logit_bias", model.vocab_size)
     _check_token_ids(sampling.stop_token_ids, "stop_token_ids", model.vocab_size)

@@ -155,6 +155,7 @@ def _model_info(config: EngineConfig, checkpoint: Checkpoint, max_model_len: int
         name=config.served_name,
         created=int(time.time()),
         max_model_len=max_model_len,
+        max_num_choices=config.max_num_seqs + config.max_waiting_requests,
         vocab_size=checkpoint.config.vocab_size,
         tokenizer=checkpoint.tokenizer,
         eos_token_ids=frozenset(checkpoint.generation.eos_token_ids),

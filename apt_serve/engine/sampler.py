@@ -170,7 +170,7 @@ def _draw_filtered(
     is_cut = ~kept[:, -1] | (limit.squeeze(1) <= num_candidates) | (num_candidates == probs.shape[1])
     mass = torch.where(is_cut, (best * kept).sum(-1), 1.0)
     before = best.cumsum(-1) - best
-    in_nucleus = before < (filters.top_p.double() * mass).unsqueeze(1)
+    in_nucleus = (before < (filters.top_p.double() * mass).unsqueeze(1)) | (rank == 0)
     is_certain = is_cut | (~in_nucleus[:, -1] & (filters.min_p == 0))
     position = _invert(best * (kept & in_nucleus), uniform)
     return ids.gather(1, position.unsqueeze(1)).squeeze(1), is_certain

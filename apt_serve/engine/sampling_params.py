@@ -69,7 +69,6 @@ class SamplingParams:
             ok = math.isfinite(value) and low <= value <= high
             _require(ok, name, f"must be between {low:g} and {high:g}, got {value}")
         _require(self.top_p > 0, "top_p", f"must be above 0, got {self.top_p}")
-        _require(self.repetition_penalty > 0, "repetition_penalty", f"must be above 0, got {self.repetition_penalty}")
         _require(self.top_k >= -1, "top_k", f"must be -1 (all), 0 (all) or positive, got {self.top_k}")
         _require(self.min_tokens >= 0, "min_tokens", f"must be at least 0, got {self.min_tokens}")
         if self.max_tokens is not None:
@@ -97,7 +96,7 @@ _RANGES = (
     ("temperature", 0.0, 2.0),
     ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
-    ("repetition_penalty", 0.0, 100.0),
+    ("repetition_penalty", 0.01, 100.0),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
 )

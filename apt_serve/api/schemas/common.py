@@ -88,7 +88,7 @@ class SamplingFields(RequestSchema):
     top_p: float | None = Field(None, gt=0, le=1, description="Nucleus sampling (default 1).")
     top_k: int | None = Field(None, ge=-1, description="Keep the k most likely tokens; 0 or -1 keeps all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Keep tokens this likely relative to the best.")
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Above 1 discourages repetition.")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, description="Above 1 discourages repetition.")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: LogitBias | None = Field(None, description="Token id to a bias between -100 and 100.")

@@ -67,6 +67,7 @@ class ScriptedEngine:
         self.model = ModelInfo(
             name=self.name,
             created=int(time.time()),
+            max_num_choices=256,
             max_model_len=self.max_model_len,
             vocab_size=tokenizer.vocab_size,
             tokenizer=tokenizer,

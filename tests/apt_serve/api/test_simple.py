@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 
 from tests.apt_serve.api.conftest import Endpoint
@@ -53,3 +55,10 @@ def test_documentation(http: httpx.Client) -> None:
     fields = schema["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert "messages" in fields
     assert "tools" not in fields
+
+
+def test_the_documentation_page_needs_no_other_server(http: httpx.Client) -> None:
+    page = http.get("/docs").text
+    assets = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert assets and not [asset for asset in assets if "//" in asset]
+    assert all(http.get(asset).status_code == 200 for asset in assets)

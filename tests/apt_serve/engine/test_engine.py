@@ -241,13 +241,14 @@ REFUSED = {
     "prompt as long as the context": (dict(prompt=(1,) * MAX_MODEL_LEN), "prompt"),
     "prompt and max_tokens over the context": (dict(max_tokens=MAX_MODEL_LEN), "max_tokens"),
     "bias of an unknown token": (dict(logit_bias={VOCAB_SIZE: 1.0}), "logit_bias"),
+    "more choices than the server has places": (dict(n=100, temperature=1.0), "n"),
     "unknown stop token": (dict(stop_token_ids=(9999,)), "stop_token_ids"),
 }
 
 
 @pytest.mark.parametrize("request_, param", REFUSED.values(), ids=REFUSED.keys())
 def test_what_could_never_be_served_is_refused_by_name(request_, param):
-    run = Run(tiny_engine())
+    run = Run(tiny_engine(max_waiting_requests=50))
     with pytest.raises(InvalidRequestError) as refusal:
         run.submit(**request_)
     assert refusal.value.param == param

@@ -69,6 +69,7 @@ def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, **settings):
         name="tiny",
         created=int(time.time()),
         max_model_len=min(MAX_MODEL_LEN, num_kv_blocks * config.block_size),
+        max_num_choices=config.max_num_seqs + config.max_waiting_requests,
         vocab_size=VOCAB_SIZE,
         tokenizer=tiny_tokenizer(),
         eos_token_ids=frozenset({EOS}),
