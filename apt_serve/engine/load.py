@@ -28,7 +28,7 @@ POST_LOAD_TRANSFORMS: tuple[Callable[[DecoderForCausalLM], None], ...] = (fuse_p
 """Applied in this order once the weights are in place."""
 TYPICAL_CONTEXT = 2048
 """Tokens per sequence that the default KV cache has room for."""
-KV_CACHE_MEMORY_SHARE = 0.3
+KV_CACHE_MEMORY_SHARE = 0.2
 """Most of the available memory that the default KV cache may take."""
 
 

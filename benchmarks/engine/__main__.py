@@ -11,8 +11,16 @@ from apt_core.checkpoint import open_checkpoint
 from apt_core.model_config import ModelConfig
 from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
 from apt_serve.engine.engine import Engine
-from benchmarks.engine.offline import Timings, Workload, percentile, prefill_tokens_per_s, run_offline
+from benchmarks.engine.offline import (
+    LATENCY_HEADS,
+    Timings,
+    Workload,
+    latency_cells,
+    prefill_tokens_per_s,
+    run_offline,
+)
 from benchmarks.machine import Limits, describe, measure_limits
+from benchmarks.table import print_table
 
 
 def main() -> None:
@@ -63,25 +71,24 @@ def decode_limit(model: ModelConfig, dtype: torch.dtype, limits: Limits, num_str
 def _print_table(
     workloads: list[Workload], rounds: list[list[Timings]], model: ModelConfig, dtype: torch.dtype, limits: Limits
 ) -> None:
-    heads = ("streams", "decode tok/s", "of limit", "to 1", "total tok/s", "TTFT ms", "ITL p50/p99 ms")
-    print("\n" + "  ".join(heads))
-    first = None
+    rows = []
+    first = median(t.decode_tokens_per_s for t in rounds[0])
     for workload, timings in zip(workloads, rounds, strict=True):
         decode = median(t.decode_tokens_per_s for t in timings)
-        first = first or decode
         context = workload.prompt_len + workload.output_len // 2
         limit = decode_limit(model, dtype, limits, workload.num_streams, context)
-        gaps = sorted(gap for t in timings for gap in t.gaps_s)
-        cells = (
-            f"{workload.num_streams}",
-            f"{decode:.1f}",
-            f"{decode / limit:.0%}",
-            f"{decode / first:.1f}x",
-            f"{median(t.tokens_per_s for t in timings):.1f}",
-            f"{median(t.ttft_s for t in timings) * 1e3:.0f}",
-            f"{percentile(gaps, 0.5) * 1e3:.1f}/{percentile(gaps, 0.99) * 1e3:.1f}",
+        rows.append(
+            (
+                f"{workload.num_streams}",
+                f"{decode:.1f}",
+                f"{decode / limit:.0%}",
+                f"{decode / first:.1f}x",
+                f"{median(t.tokens_per_s for t in timings):.1f}",
+                *latency_cells(timings),
+            )
         )
-        print("  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)))
+    print()
+    print_table(("streams", "decode tok/s", "of limit", "to first row", "total tok/s", *LATENCY_HEADS), rows)
 
 
 def _parse() -> argparse.Namespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -49,6 +50,16 @@ class Timings:
         start = max(times[0] for times in self.streams)
         end = max(times[-1] for times in self.streams)
         return sum(t > start for times in self.streams for t in times) / (end - start)
+
+
+LATENCY_HEADS = ("TTFT ms", "ITL p50/p99 ms")
+
+
+def latency_cells(rounds: Sequence[Timings]) -> tuple[str, str]:
+    """Cells under LATENCY_HEADS: medians and percentiles over all rounds."""
+    gaps = sorted(gap for timings in rounds for gap in timings.gaps_s)
+    ttft = median(timings.ttft_s for timings in rounds)
+    return f"{ttft * 1e3:.0f}", f"{percentile(gaps, 0.5) * 1e3:.1f}/{percentile(gaps, 0.99) * 1e3:.1f}"
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -11,10 +11,11 @@ import torch
 
 from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
 from apt_serve.engine.engine import Engine
-from benchmarks.engine.offline import Timings, Workload, percentile, run_offline
+from benchmarks.engine.offline import LATENCY_HEADS, Timings, Workload, latency_cells, run_offline
 from benchmarks.machine import describe
 from benchmarks.serve.client import run_http
 from benchmarks.serve.launch import server
+from benchmarks.table import print_table
 
 
 def main() -> None:
@@ -56,23 +57,23 @@ def main() -> None:
 
 
 def _print_table(workloads: list[Workload], found: dict[str, list[list[Timings]]]) -> None:
-    heads = (" " * 8, "streams", "tok/s  ", "of offline", "to 1 ", "TTFT ms", "ITL p50/p99 ms")
-    print("\n" + "  ".join(heads))
+    rows = []
     offline = [median(t.tokens_per_s for t in timings) for timings in found["offline"]]
     for name, by_workload in found.items():
         rates = [median(t.tokens_per_s for t in timings) for timings in by_workload]
         for i, timings in enumerate(by_workload):
-            gaps = sorted(gap for t in timings for gap in t.gaps_s)
-            cells = (
-                name,
-                f"{workloads[i].num_streams}",
-                f"{rates[i]:.1f}",
-                f"{rates[i] / offline[i]:.0%}",
-                f"{rates[i] / rates[0]:.1f}x",
-                f"{median(t.ttft_s for t in timings) * 1e3:.0f}",
-                f"{percentile(gaps, 0.5) * 1e3:.1f}/{percentile(gaps, 0.99) * 1e3:.1f}",
+            rows.append(
+                (
+                    name,
+                    f"{workloads[i].num_streams}",
+                    f"{rates[i]:.1f}",
+                    f"{rates[i] / offline[i]:.0%}",
+                    f"{rates[i] / rates[0]:.1f}x",
+                    *latency_cells(timings),
+                )
             )
-            print("  ".join(f"{cell:>{len(head)}}" for cell, head in zip(cells, heads, strict=True)))
+    print()
+    print_table(("", "streams", "tok/s", "of offline", "to first row", *LATENCY_HEADS), rows)
 
 
 def _parse() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -11,12 +12,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from tempfile import TemporaryFile
+
+from benchmarks.machine import ROOT
 
 START_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 60
-ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def free_port() -> int:
@@ -28,19 +30,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(runner: str, arguments: Sequence[str]) -> Iterator[str]:
-    """Run `apt-serve start` with these arguments and yield its base URL once it is ready.
-
-    Raises:
-        RuntimeError: it did not become ready; its output is in the message.
-    """
-    port = free_port()
-    command = [sys.executable, "-m", "apt_serve", "start", f"--port={port}", f"--runner={runner}", *arguments]
+def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in the repository's root, ended with SIGTERM. Its output is shown only if something goes wrong."""
     with TemporaryFile() as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        environment = os.environ | ENVIRONMENT
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
-            _wait_ready(f"http://127.0.0.1:{port}", process)
-            yield f"http://127.0.0.1:{port}"
+            yield process
         except BaseException:
             output.seek(0)
             print(output.read().decode(errors="replace")[-4000:], file=sys.stderr)
@@ -48,6 +44,20 @@ def server(runner: str, arguments: Sequence[str]) -> Iterator[str]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(STOP_TIMEOUT_S)
+
+
+@contextmanager
+def server(runner: str, arguments: Sequence[str]) -> Iterator[str]:
+    """Run `apt-serve start` with these arguments and yield its base URL once it is ready.
+
+    Raises:
+        RuntimeError: it did not become ready.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "apt_serve", "start", f"--port={port}", f"--runner={runner}", *arguments]
+    with running(command) as process:
+        _wait_ready(f"http://127.0.0.1:{port}", process)
+        yield f"http://127.0.0.1:{port}"
 
 
 def _wait_ready(base_url: str, process: subprocess.Popen[bytes]) -> None:

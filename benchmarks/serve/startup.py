@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,11 +16,10 @@ from statistics import median
 import yaml
 
 from benchmarks.machine import ROOT, describe
-from benchmarks.serve.launch import START_TIMEOUT_S, STOP_TIMEOUT_S, free_port
+from benchmarks.serve.launch import START_TIMEOUT_S, free_port, running
 
 SERVE = str(Path(sys.executable).parent / "serve")
 EMPTY = "serve run, an empty app: first 200"
-ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @dataclass(frozen=True)
@@ -64,23 +59,6 @@ def measure(case: Case) -> float:
                     raise RuntimeError(f"no answer from: {' '.join(command)}")
                 time.sleep(0.02)
             return time.perf_counter() - began
-
-
-@contextmanager
-def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in the repository's root, ended with SIGTERM. Its output is shown only if something goes wrong."""
-    with tempfile.TemporaryFile() as output:
-        environment = os.environ | ENVIRONMENT
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            yield process
-        except BaseException:
-            output.seek(0)
-            print(output.read().decode(errors="replace")[-4000:], file=sys.stderr)
-            raise
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(STOP_TIMEOUT_S)
 
 
 def first_token(base_url: str) -> bool:
