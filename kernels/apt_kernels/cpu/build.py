@@ -1,8 +1,10 @@
 """Compiles the C++ ops during set-up: `python -m apt_kernels.cpu.build`.
 
-Every kernel file is compiled once per instruction set, and the processor decides at run time which variant serves; so
-one library serves every machine of an architecture. It is kept in the user's cache folder under a hash of sources,
-compiler and torch version: nothing stale is ever loaded, and nothing is compiled twice.
+A file that mentions APT_ISA is compiled once per instruction set, and the processor decides at run time which variant
+serves: one library serves every machine of an architecture. Files named bindings* alone see torch's headers.
+
+The library lies in the user's cache folder under a hash of the sources, the flags and torch's version: nothing stale is
+ever loaded, and nothing is compiled twice. The compiler is not in the hash: the machine that serves may have none.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
-COMMON = ("isa.cpp", "thread_pool.cpp")
-"""Compiled once; so are the bindings, which alone see torch's headers."""
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
-KERNEL_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
+QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized")
+"""What GCC 12 says about its own vector types and headers."""
+KERNEL_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast", *QUIET)
 """No -ffast-math: infinities and NaN keep their meaning, and sums their order."""
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 AVX512_FLAGS = (
@@ -55,20 +57,20 @@ class Unit:
 
 
 def library_path() -> Path:
-    """Where the library for these sources, this compiler and this torch belongs, whether it exists or not."""
+    """Where the library of these sources, for this torch, belongs, whether it exists or not."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    settings = (FLAGS, KERNEL_FLAGS, ISA_FLAGS, torch.__version__, platform.machine(), _compiler_version())
+    settings = (FLAGS, KERNEL_FLAGS, ISA_FLAGS, torch.__version__, platform.machine())
     digest.update(repr(settings).encode())
     return cache_folder() / f"ops-{digest.hexdigest()[:16]}.so"
 
 
 def cache_folder() -> Path:
-    """APT_CACHE, or apt-llm in the user's cache folder."""
-    if chosen := os.environ.get("APT_CACHE"):
-        return Path(chosen) / "cpu"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apt-llm" / "cpu"
+    """$APT_CACHE, else apt in $XDG_CACHE_HOME, else ~/.cache/apt; in it, a folder for ops."""
+    if own := os.environ.get("APT_CACHE"):
+        return Path(own) / "ops"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apt" / "ops"
 
 
 def build() -> Path:
@@ -100,8 +102,8 @@ def units() -> list[Unit]:
     """Every call of the compiler, the longest first, in the order in which the objects are linked."""
     sources = sorted(SOURCES.glob("*.cpp"))
     bindings = [source for source in sources if source.name.startswith("bindings")]
-    common = [source for source in sources if source.name in COMMON]
-    kernels = [source for source in sources if source not in bindings and source not in common]
+    kernels = [source for source in sources if "APT_ISA" in source.read_text()]
+    common = [source for source in sources if source not in bindings and source not in kernels]
     units = [Unit(source, _torch_flags(), f"{source.stem}.o") for source in bindings]
     units += [Unit(source, (), f"{source.stem}.o") for source in common]
     for isa, flags in ISA_FLAGS.items():
@@ -122,14 +124,6 @@ def _torch_flags() -> tuple[str, ...]:
 
 def _compiler() -> str:
     return os.environ.get("CXX") or "g++"
-
-
-def _compiler_version() -> str:
-    """What the compiler calls itself; empty without one, so that a library made elsewhere is not mistaken for ours."""
-    try:
-        return subprocess.run([_compiler(), "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True).stdout
-    except OSError:
-        return ""
 
 
 def _run(command: list[str]) -> None:

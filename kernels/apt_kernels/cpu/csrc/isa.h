@@ -1,8 +1,8 @@
 // Which instruction set the kernels use.
 //
-// A file that is no binding and not listed as common in build.py is compiled once per instruction set, with APT_ISA
-// defined as the name of the namespace its functions live in. Its header declares them with APT_FOR_EACH_ISA, and the
-// bindings call the right one with APT_DISPATCH.
+// A source file that mentions APT_ISA is compiled once per instruction set, with APT_ISA defined as the name of the
+// namespace its functions live in. Its header declares them with APT_FOR_EACH_ISA, and the bindings call the right one
+// with APT_DISPATCH.
 #pragma once
 
 #if defined(__x86_64__)

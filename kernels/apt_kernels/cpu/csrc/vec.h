@@ -1,0 +1,134 @@
+// Vectors of float32, as wide as the instruction set has them. Compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace apt::APT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecInt __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecWord __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecHalf __attribute__((vector_size(2 * kLanes)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+inline Vec broadcast(float value) { return value - Vec{}; }  // x - 0 keeps -0, x + 0 does not
+
+template <typename V>
+inline V load_bits(const void* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+inline VecWord load_words(const Bf16* from) {
+  return __builtin_convertvector(load_bits<VecHalf>(from), VecWord);
+}
+
+inline Vec load(const float* from) { return load_bits<Vec>(from); }
+inline Vec load(const Bf16* from) { return (Vec)(load_words(from) << 16); }
+
+inline VecHalf to_bf16(Vec value) {
+#if defined(__AVX512BF16__)
+  return (VecHalf)_mm512_cvtneps_pbh((__m512)value);
+#else
+  const VecWord bits = (VecWord)value;
+  const VecWord rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const VecWord result = value == value ? rounded : VecWord{} + 0x7fc0;
+  return __builtin_convertvector(result, VecHalf);
+#endif
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof(value)); }
+inline void store(Bf16* to, Vec value) {
+  const VecHalf bits = to_bf16(value);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+// Value as it is after a round trip through storage of type T.
+template <typename T>
+inline Vec rounded(Vec value);
+template <>
+inline Vec rounded<float>(Vec value) {
+  return value;
+}
+template <>
+inline Vec rounded<Bf16>(Vec value) {
+  return (Vec)(__builtin_convertvector(to_bf16(value), VecWord) << 16);
+}
+
+// The first `count` values at `from`, zeros after them; the memory beyond is not read.
+template <typename T>
+inline Vec load_first(const T* from, int64_t count) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, from, sizeof(T) * static_cast<size_t>(count));
+  return load(buffer);
+}
+
+template <typename T>
+inline void store_first(T* to, Vec value, int64_t count) {
+  T buffer[kLanes];
+  store(buffer, value);
+  std::memcpy(to, buffer, sizeof(T) * static_cast<size_t>(count));
+}
+
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum(Vec value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+inline float max(Vec value) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+}
+
+// e^x to about 1 unit in the last place; exactly 0 below -87 (at -infinity, too), about 2e38 above 88.
+inline Vec exp(Vec x) {
+  constexpr float kLowest = -87.0f, kHighest = 88.0f;
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
+  const Vec clamped = x > kHighest ? broadcast(kHighest) : x;
+  const Vec shifted = clamped * 1.44269504f + kRounder;
+  const Vec n = shifted - kRounder;
+  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n ln 2, in two parts
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // coefficients of Cephes' expf
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const Vec power = (Vec)(((VecWord)shifted << 23) + (127u << 23));  // 2^n
+  return x < kLowest ? Vec{} : p * power;
+}
+
+}  // namespace apt::APT_ISA
