@@ -122,8 +122,8 @@ class Engine:
 
     def add(self, seq: Sequence) -> None:
         """Let a sequence wait for its turn."""
-        self._outputs.start(seq)
         self._scheduler.add(seq)
+        self._outputs.start(seq)
 
     def abort(self, seq_id: str) -> SequenceDelta | None:
         """Drop a sequence and free all it holds at once; its last delta, or None if it has finished already."""
