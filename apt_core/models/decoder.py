@@ -129,7 +129,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.has_qk_norm = config.qk_norm
+        self.has_qk_norm, self.norm_eps = config.qk_norm, config.rms_norm_eps
 
     def forward(
         self,
@@ -139,40 +139,54 @@ class Attention(nn.Module):
         cache: LayerKVCache | None,
     ) -> torch.Tensor:
         """[T, C] -> [T, C]."""
-        qk, value = self._project(x)
+        qkv = self._project(x)
+        if cache is None:
+            out = self._attend_to_batch(qkv, rotary, metadata)
+        else:
+            out = self._attend_to_cache(qkv, rotary, metadata, cache)
+        projected: torch.Tensor = self.o_proj(out.flatten(1))
+        return projected
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, C] -> query, key and value heads side by side, [T, (H + 2 K) D]."""
+        if self.qkv_proj is not None:
+            qkv: torch.Tensor = self.qkv_proj(x)
+            return qkv
+        return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+
+    def _attend_to_batch(
+        self, qkv: torch.Tensor, rotary: RotaryValues, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """Sequences attend to their own tokens of this batch; differentiable."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
+        # Rope treats queries and keys alike.
+        qk, value = torch.split(heads, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.has_qk_norm:
             query, key = torch.split(qk, [self.num_heads, self.num_kv_heads], dim=1)
             qk = torch.cat((self.q_norm(query), self.k_norm(key)), dim=1)
         qk = ops.apply_rope(qk, rotary.cos, rotary.sin)
         query, key = torch.split(qk, [self.num_heads, self.num_kv_heads], dim=1)
-        out = self._attend(query, key, value, metadata, cache)
-        projected: torch.Tensor = self.o_proj(out.flatten(1))
-        return projected
+        return ops.varlen_attention(
+            query, key, value, cu_seqlens=metadata.cu_seqlens_q, scale=self.scale, window=self.window
+        )
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query and key heads together [T, H + K, D], which rope treats alike, and value heads [T, K, D]."""
-        if self.qkv_proj is not None:
-            qkv = self.qkv_proj(x)
-        else:
-            qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
-        heads = qkv.view(x.shape[0], -1, self.head_dim)
-        qk, value = torch.split(heads, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        return qk, value
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        metadata: AttentionMetadata,
-        cache: LayerKVCache | None,
+    def _attend_to_cache(
+        self, qkv: torch.Tensor, rotary: RotaryValues, metadata: AttentionMetadata, cache: LayerKVCache
     ) -> torch.Tensor:
-        if cache is None:
-            return ops.varlen_attention(
-                query, key, value, cu_seqlens=metadata.cu_seqlens_q, scale=self.scale, window=self.window
-            )
+        """Keys and values are stored, then sequences attend to all of theirs."""
         assert metadata.slot_mapping is not None and metadata.block_tables is not None
-        ops.store_kv(key, value, cache.keys, cache.values, metadata.slot_mapping)
+        query = ops.rope_and_store_kv(
+            qkv,
+            rotary.cos,
+            rotary.sin,
+            cache.keys,
+            cache.values,
+            metadata.slot_mapping,
+            num_heads=self.num_heads,
+            query_weight=self.q_norm.weight if self.has_qk_norm else None,
+            key_weight=self.k_norm.weight if self.has_qk_norm else None,
+            eps=self.norm_eps,
+        )
         return ops.paged_attention(
             query,
             cache.keys,

@@ -17,6 +17,8 @@ from apt_core.kv_cache import allocate_kv_cache, kv_bytes_per_token
 from apt_core.model_config import GenerationConfig, ModelConfig
 from apt_core.models.decoder import DecoderForCausalLM, fuse_projections, pack_linears
 from apt_core.registry import build_model
+from apt_kernels import ops
+from apt_kernels.cpu import native
 from apt_serve.engine.client import ModelInfo
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.executor import Executor
@@ -49,9 +51,11 @@ def load(config: EngineConfig) -> LoadedModel:
         ConfigError: a setting that does not go with the checkpoint or the machine.
     """
     started = time.perf_counter()
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    ops.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     checkpoint = open_checkpoint(config.source, tokenizer=config.tokenizer)
     device = _device(config)
+    if device.type == "cpu":
+        native.log_state()
     dtype = _dtype(config, checkpoint.config, device)
     max_model_len = _max_model_len(config, checkpoint.config)
     num_blocks = _num_kv_blocks(config, checkpoint.config, dtype, max_model_len)

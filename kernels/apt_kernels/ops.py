@@ -1,7 +1,7 @@
-"""The public ops: check arguments, then choose triton | cpu | reference by device.
+"""The public ops: check arguments, then choose a backend by device, dtype and need of gradients.
 
-Everything here is made of torch ops, so autograd and torch.compile see through it. Backends that are opaque to them
-(C++, Triton) register with torch.library.
+On a processor the C++ ops serve float32 and bfloat16 wherever no gradient is wanted. Everything else is made of torch
+ops, which autograd and the compiler see through.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import torch
 
 from apt_kernels import reference
 from apt_kernels.cpu import attention as cpu_attention
+from apt_kernels.cpu import native
 from apt_kernels.cpu.linear import can_pack, pack_linear_weight, packed_linear
-from apt_kernels.reference import apply_rope, fused_add_rms_norm, rms_norm, silu_and_mul, store_kv
+from apt_kernels.reference import apply_rope, store_kv
 
 __all__ = [
     "apply_rope",
@@ -21,10 +22,82 @@ __all__ = [
     "packed_linear",
     "paged_attention",
     "rms_norm",
+    "rope_and_store_kv",
+    "set_num_threads",
     "silu_and_mul",
     "store_kv",
     "varlen_attention",
 ]
+
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+"""Dtypes the C++ ops know."""
+
+
+def set_num_threads(count: int) -> None:
+    """How many threads an op on a processor uses: torch's and the C++ ops'."""
+    torch.set_num_threads(count)
+    native.set_num_threads(count)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension, [..., C] -> [..., C]; see `reference.rms_norm`."""
+    if _is_native(x, weight):
+        out: torch.Tensor = torch.ops.apt_cpu.rms_norm(x, weight, eps)
+        return out
+    return reference.rms_norm(x, weight, eps)
+
+
+def fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(RMSNorm of x + residual, x + residual), both [T, C]; see `reference.fused_add_rms_norm`."""
+    if _is_native(x, weight, residual):
+        normed, total = torch.ops.apt_cpu.fused_add_rms_norm(x, residual, weight, eps)
+        return normed, total
+    return reference.fused_add_rms_norm(x, residual, weight, eps)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, gate and up side by side: [T, 2 I] -> [T, I]; see `reference.silu_and_mul`."""
+    if _is_native(gate_up):
+        out: torch.Tensor = torch.ops.apt_cpu.silu_and_mul(gate_up)
+        return out
+    return reference.silu_and_mul(gate_up)
+
+
+def rope_and_store_kv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    num_heads: int,
+    query_weight: torch.Tensor | None = None,
+    key_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Rotate queries and keys, store keys and values, return the queries; see `reference.rope_and_store_kv`.
+
+    Raises:
+        ValueError: shapes that do not fit together; names the argument.
+    """
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    _require(qkv.dim() == 2 and qkv.shape[1] == width, "qkv", f"must be [T, {width}], got {tuple(qkv.shape)}")
+    _require(key_cache.shape == value_cache.shape, "value_cache", "must have key_cache's shape")
+    _require((query_weight is None) == (key_weight is None), "key_weight", "must be given if query_weight is")
+    if _is_native(qkv, key_cache, value_cache) and _are_alike(key_cache, value_cache):
+        out: torch.Tensor = torch.ops.apt_cpu.rope_and_store_kv(
+            *(qkv, cos, sin, key_cache, value_cache, slot_mapping),
+            *(num_heads, num_kv_heads, query_weight, key_weight, eps),
+        )
+        return out
+    return reference.rope_and_store_kv(
+        qkv, cos, sin, key_cache, value_cache, slot_mapping, num_heads, query_weight, key_weight, eps
+    )
 
 
 def paged_attention(
@@ -52,6 +125,13 @@ def paged_attention(
     num_seqs = context_lens.shape[0]
     _require(cu_seqlens_q.shape[0] == num_seqs + 1, "cu_seqlens_q", "must have one more entry than context_lens")
     _require(block_tables.shape[0] == num_seqs, "block_tables", "must have one row per sequence")
+    _require(window is None or window > 0, "window", f"must be positive, got {window}")
+    can_tile = query.shape[2] % 16 == 0 and scale > 0
+    if can_tile and _is_native(query, key_cache, value_cache) and _are_alike(key_cache, value_cache):
+        out: torch.Tensor = torch.ops.apt_cpu.paged_attention(
+            query, key_cache, value_cache, cu_seqlens_q, context_lens, block_tables, scale, window
+        )
+        return out
     if query.device.type == "cpu":
         return cpu_attention.paged_attention(
             query, key_cache, value_cache, cu_seqlens_q, context_lens, block_tables, num_decodes, scale, window
@@ -80,6 +160,19 @@ def varlen_attention(
     if query.device.type == "cpu":
         return cpu_attention.varlen_attention(query, key, value, cu_seqlens, scale, window)
     return reference.varlen_attention(query, key, value, cu_seqlens, scale, window)
+
+
+def _is_native(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether the C++ ops serve: plain tensors of a dtype they know, and no gradient wanted."""
+    if not native.is_enabled() or x.device.type != "cpu" or x.dtype not in NATIVE_DTYPES or type(x) is not torch.Tensor:
+        return False
+    if any(other.dtype != x.dtype for other in others):
+        return False
+    return not torch.is_grad_enabled() or not (x.requires_grad or any(other.requires_grad for other in others))
+
+
+def _are_alike(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
+    return key_cache.stride() == value_cache.stride() and key_cache.stride(3) == 1
 
 
 def _check_heads(query: torch.Tensor, num_kv_heads: int, name: str) -> None:

@@ -54,6 +54,38 @@ def store_kv(
     value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
 
 
+def rope_and_store_kv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    num_heads: int,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """From the projections of packed tokens to rotated queries, with keys and values stored.
+
+    Args:
+        qkv: [T, (H + 2 K) D]: all query heads, then all key heads, then all value heads.
+        cos, sin: [T, D/2], of qkv's dtype.
+        key_cache, value_cache: [N, P, K, D]. slot_mapping: [T] int64; slot -1 is skipped.
+        query_weight, key_weight: [D], of the RMSNorm before the rotation (Qwen 3); None without one. eps: theirs.
+
+    Returns:
+        The rotated queries [T, H, D].
+    """
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+    query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if query_weight is not None and key_weight is not None:
+        query, key = rms_norm(query, query_weight, eps), rms_norm(key, key_weight, eps)
+    store_kv(apply_rope(key, cos, sin), value, key_cache, value_cache, slot_mapping)
+    return apply_rope(query, cos, sin)
+
+
 def paged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,

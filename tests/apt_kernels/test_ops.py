@@ -81,6 +81,8 @@ def test_a_row_of_a_packed_linear_does_not_depend_on_the_other_rows(dtype, shape
     together = ops.packed_linear(x, packed, None)
     for num_rows in (1, 2, 3, 8, 17, 64):
         assert torch.equal(ops.packed_linear(x[:num_rows].contiguous(), packed, None), together[:num_rows])
+    for row in range(len(x)):
+        assert torch.equal(ops.packed_linear(x[row : row + 1], packed, None), together[row : row + 1])
 
 
 def test_float64_and_float16_are_not_packed():

@@ -30,8 +30,8 @@ def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:
 
 def packed_linear(x: torch.Tensor, packed_weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[T, in] -> [T, out]."""
-    if x.shape[0] == 1 and x.dtype == torch.float32:
-        # oneDNN sums a lone float32 row in another order than a row among others: give it company.
+    if x.shape[0] == 1:
+        # oneDNN sums a lone row in another order than a row among others: give it company.
         return _linear(x.expand(2, -1), packed_weight, bias)[:1]
     return _linear(x, packed_weight, bias)
 
