@@ -9,17 +9,23 @@ from apt_kernels import ops
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lives only in the backend's packed layout; inference only."""
+    """A linear layer whose weight lives only in a packed layout of one of the formats; inference only."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, weight: ops.PackedWeight, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.packed_weight = ops.pack_linear_weight(weight.detach())
-        self.bias = None if bias is None else bias.detach()
+        self.weight = weight
+        self.bias = None if bias is None else bias.detach().float()
+        self.out_dtype = out_dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in] -> [T, out]."""
-        return ops.packed_linear(x, self.packed_weight, self.bias)
+        """[T, in] -> [T, out], of out_dtype or else x's dtype."""
+        return ops.packed_linear(x, self.weight, self.bias, self.out_dtype)
+
+    def extra_repr(self) -> str:
+        """Format and shape."""
+        return f"{type(self.weight).__name__}, in={self.weight.in_features}, out={self.weight.out_features}"
 
 
 def fused_linear(parts: list[nn.Linear]) -> nn.Linear:

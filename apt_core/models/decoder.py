@@ -16,6 +16,7 @@ from apt_core.layers.norm import RMSNorm
 from apt_core.layers.rotary import RotaryEmbedding, RotaryValues
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
+from apt_core.quantization import WeightPrecision, pack_weight
 from apt_kernels import ops
 
 
@@ -237,15 +238,26 @@ def fuse_projections(model: DecoderForCausalLM) -> None:
             module.fuse()
 
 
-def pack_linears(model: DecoderForCausalLM) -> None:
-    """Post-load transform for processors: weights into the packed layout, the tied output head included.
+def pack_linears(model: DecoderForCausalLM, precision: WeightPrecision | None = None) -> None:
+    """Post-load transform for processors: weights into a packed layout, the tied output head included.
 
-    A tied head gets a packed copy: the embedding needs plain rows.
+    A tied head gets a packed copy: the embedding needs plain rows. Logits are float32 wherever the format can.
+
+    Args:
+        precision: of the packed weights; None keeps their own.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and ops.can_pack(child.weight):
-                setattr(parent, name, PackedLinear(child.weight, child.bias))
+                setattr(parent, name, _packed(child.weight, child.bias, precision))
     embedding = model.model.embed_tokens.weight
     if model.lm_head is None and ops.can_pack(embedding):
-        model.lm_head = PackedLinear(embedding, None)
+        model.lm_head = _packed(embedding, None, precision)
+    if isinstance(model.lm_head, PackedLinear):
+        model.lm_head.out_dtype = torch.float32
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None, precision: WeightPrecision | None) -> PackedLinear:
+    weight = weight.detach()
+    packed = ops.pack_linear_weight(weight) if precision is None else pack_weight(weight, precision)
+    return PackedLinear(packed, bias)

@@ -10,14 +10,18 @@ import torch
 
 from apt_kernels import reference
 from apt_kernels.cpu import attention as cpu_attention
+from apt_kernels.cpu import linear as cpu_linear
 from apt_kernels.cpu import native
-from apt_kernels.cpu.linear import can_pack, pack_linear_weight, packed_linear
+from apt_kernels.cpu.linear import PackedWeight, can_pack
 from apt_kernels.reference import apply_rope, store_kv
 
 __all__ = [
+    "PackedWeight",
     "apply_rope",
     "can_pack",
     "fused_add_rms_norm",
+    "pack_int4_weight",
+    "pack_int8_weight",
     "pack_linear_weight",
     "packed_linear",
     "paged_attention",
@@ -99,6 +103,10 @@ def rope_and_store_kv(
         qkv, cos, sin, key_cache, value_cache, slot_mapping, num_heads, query_weight, key_weight, eps
     )
 
+INT4_GROUP_SIZES = (32, 64, 128)
+MAX_INT8_IN = 2**17
+"""Products of two int8 are at most 127 * 127: so many fit into an int32."""
+
 
 def paged_attention(
     query: torch.Tensor,
@@ -173,6 +181,64 @@ def _is_native(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
 def _are_alike(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
     return key_cache.stride() == value_cache.stride() and key_cache.stride(3) == 1
+
+
+def pack_linear_weight(weight: torch.Tensor) -> PackedWeight:
+    """A weight [out, in] in the layout that `packed_linear` multiplies with, in its own precision."""
+    _require(weight.dim() == 2, "weight", f"must be [out, in], got {tuple(weight.shape)}")
+    return cpu_linear.pack(weight)
+
+
+def pack_int8_weight(weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
+    """int8 [out, in] with float32 scales [out], packed; see `reference.int8_linear`.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit; names the argument.
+    """
+    _require(weight.dim() == 2 and weight.dtype == torch.int8, "weight", "must be int8 [out, in]")
+    _require(weight.shape[1] <= MAX_INT8_IN, "weight", f"has {weight.shape[1]} inputs; sums hold {MAX_INT8_IN}")
+    fits = scales.shape == weight.shape[:1] and scales.dtype == torch.float32
+    _require(fits, "scales", "must be float32 [out]")
+    return cpu_linear.pack_int8(weight, scales)
+
+
+def pack_int4_weight(weight: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor) -> PackedWeight:
+    """4-bit weights, packed: value = scale * weight + minimum; see `reference.int4_linear`.
+
+    Args:
+        weight: uint8 in 0 .. 15 [out, in].
+        scales, minima: [out, in / group_size]; kept as float16.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit; names the argument.
+    """
+    _require(weight.dim() == 2 and weight.dtype == torch.uint8, "weight", "must be uint8 [out, in]")
+    _require(scales.dim() == 2 and scales.shape[0] == weight.shape[0], "scales", "must be [out, groups]")
+    _require(minima.shape == scales.shape, "minima", "must have the shape of scales")
+    has_group_size = any(scales.shape[1] * size == weight.shape[1] for size in INT4_GROUP_SIZES)
+    _require(has_group_size, "scales", f"must hold one per group of {INT4_GROUP_SIZES} of the {weight.shape[1]} inputs")
+    return cpu_linear.pack_int4(weight, scales, minima)
+
+
+def packed_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Linear layer on a packed weight: [T, in] -> [T, out].
+
+    Args:
+        bias: [out] float32.
+        out_dtype: float32 or bfloat16; None takes x's.
+
+    Raises:
+        ValueError: shapes that do not fit together; names the argument.
+    """
+    _require(x.dim() == 2 and x.shape[1] == weight.in_features, "x", f"must be [T, {weight.in_features}]")
+    fits = bias is None or (bias.shape == (weight.out_features,) and bias.dtype == torch.float32)
+    _require(fits, "bias", f"must be float32 [{weight.out_features}]")
+    wanted = out_dtype or x.dtype
+    if x.dtype in NATIVE_DTYPES and wanted in NATIVE_DTYPES:
+        return weight.linear(x, bias, wanted)
+    return weight.linear(x.float(), bias, torch.float32).to(wanted)
 
 
 def _check_heads(query: torch.Tensor, num_kv_heads: int, name: str) -> None:

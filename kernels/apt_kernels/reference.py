@@ -141,6 +141,63 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Linear layer on int8 weights [out, in], one scale [out] each, with x [T, in] in int8, one scale per row.
+
+    The sums are exact integers.
+    """
+    values, x_scales = quantize_rows(x, x.shape[1])
+    sums = values.flatten(1).double() @ weight.double().T
+    out = sums.float() * (x_scales.flatten(1) * scales)
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+def int4_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Linear layer on 4-bit weights, see `dequantize_int4`, with x [T, in] in int8, one scale per row and group."""
+    values, x_scales = quantize_rows(x, weight.shape[1] // scales.shape[1])
+    wide = (values.double() * x_scales.double()).flatten(1)
+    out = wide @ dequantize_int4(weight, scales, minima, torch.float64).T
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+def quantize_rows(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, in] in groups of its last dimension as int8 times a scale: ([T, groups, size] integers, [T, groups, 1]).
+
+    The largest magnitude of a group becomes 127; values are float32, since a NaN stays one.
+    """
+    groups = x.float().unflatten(-1, (-1, group_size))
+    largest = groups.abs().amax(-1, keepdim=True)
+    # Not 127 / largest, which torch computes as 127 * (1 / largest): halves would round differently.
+    inverse = torch.where(largest == 0, torch.zeros_like(largest), torch.full_like(largest, 127).div(largest))
+    return (groups * inverse).round(), largest / 127
+
+
+def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """int8 [out, in] and scales [out] -> float32."""
+    return weight.float() * scales.unsqueeze(1)
+
+
+def dequantize_int4(
+    weight: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """uint8 in 0 .. 15 [out, in]; scales and minima [out, groups]: value = scale * weight + minimum.
+
+    The algebra of GGUF's Q4_0 and Q4_1, AWQ and GPTQ.
+    """
+    groups = weight.to(dtype).unflatten(1, (scales.shape[1], -1))
+    values: torch.Tensor = groups * scales.to(dtype).unsqueeze(2) + minima.to(dtype).unsqueeze(2)
+    return values.flatten(1)
+
+
 def causal_mask(num_queries: int, context_len: int, window: int | None, device: torch.device) -> torch.Tensor:
     """[num_queries, context_len] bool, True where a query may look; queries are the last of the context."""
     q_pos = torch.arange(context_len - num_queries, context_len, device=device).unsqueeze(1)

@@ -66,7 +66,7 @@ def test_packed_linear_equals_linear(dtype, shape, has_bias):
     for num_rows in (1, 2, 33):
         x = torch.randn(num_rows, shape[1]).to(dtype)
         expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        out = ops.packed_linear(x, packed, bias)
+        out = ops.packed_linear(x, packed, None if bias is None else bias.float())
         torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=PACKED_TOLERANCE[dtype])
 
 

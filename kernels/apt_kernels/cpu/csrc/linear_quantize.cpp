@@ -1,0 +1,98 @@
+#include "linear_quantize.h"
+
+#include <algorithm>
+
+#include "scratch.h"
+#include "thread_pool.h"
+#include "vec.h"
+
+namespace apt::APT_ISA {
+namespace {
+
+constexpr int64_t kMinPerTask = 8192;  // inputs
+constexpr int64_t kAlignment = 64;
+
+typedef int8_t VecBytes __attribute__((vector_size(kLanes)));
+
+struct Group {
+  float scale;
+  int32_t sum;
+};
+
+template <typename T>
+inline Vec load_some(const T* from, int64_t count) {
+  return count >= kLanes ? load(from) : load_first(from, count);
+}
+
+// As integers the magnitudes of floats have the same order, and NaN is the largest: nothing gets lost.
+template <typename T>
+float largest_magnitude(const T* x, int64_t count) {
+  VecInt largest{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const VecInt bits = (VecInt)load_some(x + i, count - i) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  int32_t lanes[kLanes];
+  std::memcpy(lanes, &largest, sizeof lanes);
+  return load_bits<float>(std::max_element(lanes, lanes + kLanes));
+}
+
+inline Vec clamp(Vec x, float most) {
+  const Vec below = x < most ? x : broadcast(most);
+  return below > -most ? below : broadcast(-most);
+}
+
+template <typename T>
+Group quantize_group(const T* x, int64_t count, int8_t* values) {
+  const float largest = largest_magnitude(x, count);
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  VecInt sums{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the lowest bits.
+    const Vec shifted = clamp(load_some(x + i, count - i) * inverse, 127.0f) + 0x1.8p23f;
+    const VecInt rounded = (VecInt)shifted - 0x4b400000;
+    sums += rounded;
+    const VecBytes bytes = __builtin_convertvector(rounded, VecBytes);
+    std::memcpy(values + i, &bytes, sizeof bytes);
+  }
+  int32_t sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  return {largest / 127.0f, sum};
+}
+
+template <typename T>
+void quantize_row(const T* x, int64_t in, int64_t group_size, int8_t* values, float* scales, int32_t* sums) {
+  for (int64_t first = 0; first < in; first += group_size) {
+    const Group group = quantize_group(x + first, std::min(group_size, in - first), values + first);
+    *scales++ = group.scale;
+    *sums++ = group.sum;
+  }
+}
+
+}  // namespace
+
+QuantizedRows quantize_rows(const Linear& args, int64_t group_size) {
+  thread_local Scratch values_memory, scales_memory, sums_memory;
+  const int64_t num_groups = args.in / group_size;
+  const int64_t stride = round_up(args.in, kAlignment);
+  auto* values = static_cast<int8_t*>(values_memory.get(args.rows * stride));
+  auto* scales = static_cast<float*>(scales_memory.get(args.rows * num_groups * 4));
+  auto* sums = static_cast<int32_t*>(sums_memory.get(args.rows * num_groups * 4));
+  const int64_t grain = std::max<int64_t>(1, kMinPerTask / args.in);
+  const int64_t in = args.in;
+  parallel_for_ranges(args.rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      int8_t* row_values = values + row * stride;
+      float* row_scales = scales + row * num_groups;
+      int32_t* row_sums = sums + row * num_groups;
+      if (args.is_x_bf16) {
+        quantize_row(static_cast<const Bf16*>(args.x) + row * in, in, group_size, row_values, row_scales, row_sums);
+      } else {
+        quantize_row(static_cast<const float*>(args.x) + row * in, in, group_size, row_values, row_scales, row_sums);
+      }
+    }
+  });
+  return {reinterpret_cast<const uint8_t*>(values), stride, scales, sums, num_groups};
+}
+
+}  // namespace apt::APT_ISA

@@ -1,0 +1,20 @@
+// Inputs as the integer products read them: int8, one scale per group, made for each call.
+#pragma once
+
+#include "linear.h"
+
+namespace apt::APT_ISA {
+
+struct QuantizedRows {
+  const uint8_t* values;  // [rows, stride] int8, zeros from `in` on
+  int64_t stride;         // bytes
+  const float* scales;    // [rows, num_groups]
+  const int32_t* sums;    // [rows, num_groups], of the group's values
+  int64_t num_groups;
+};
+
+// value = scale * int8, symmetric, the group's largest magnitude at 127; a group with a NaN or an infinity becomes NaN
+// or infinite through its scale. Valid until this thread's next call.
+QuantizedRows quantize_rows(const Linear& args, int64_t group_size);
+
+}  // namespace apt::APT_ISA

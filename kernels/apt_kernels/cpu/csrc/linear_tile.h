@@ -1,0 +1,166 @@
+// What all packed products share: tiles of rows x strips in registers, tiles over tasks, sums to memory.
+#pragma once
+
+#include <type_traits>
+
+#include "linear.h"
+#include "linear_simd.h"
+#include "thread_pool.h"
+
+namespace apt::APT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kMaxFewRows = 8;
+constexpr int kTileRows = 6;
+#else
+constexpr int kMaxFewRows = 2;
+constexpr int kTileRows = 2;
+#endif
+// How far ahead of the loads packed weights are fetched when they come from memory.
+constexpr int64_t kPrefetchBytes = 2048;
+// Packed weights per task of few rows: enough to stream, little enough to share out evenly.
+constexpr int64_t kTaskBytes = 96 * 1024;
+
+// Fetches what will be needed after kPrefetchBytes; a strip's weights are followed by the next strip's.
+template <int kBytes>
+inline void prefetch_ahead(const uint8_t* weights) {
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(weights + kPrefetchBytes + i);
+}
+
+template <typename T>
+inline void store_features(const Linear& args, int64_t row, int64_t feature, const Floats& values) {
+  const int64_t features = args.is_gated ? args.out_features / 2 : args.out_features;
+  T* to = static_cast<T*>(args.out) + row * features + feature;
+  store_floats(to, values, features - feature);
+}
+
+inline void store_features(const Linear& args, int64_t row, int64_t feature, const Floats& values) {
+  if (args.is_out_bf16) {
+    store_features<Bf16>(args, row, feature, values);
+  } else {
+    store_features<float>(args, row, feature, values);
+  }
+}
+
+// The 32 sums of one row and one strip.
+inline void store_strip(const Linear& args, int64_t row, int64_t strip, Floats low, Floats high) {
+  const int64_t column = strip * kStripWidth;
+  if (args.bias != nullptr) {
+    low = low + load_floats(args.bias + column, args.out_features - column);
+    high = high + load_floats(args.bias + column + kColumns, args.out_features - column - kColumns);
+  }
+  if (args.is_gated) return store_features(args, row, column / 2, silu(low) * high);
+  store_features(args, row, column, low);
+  store_features(args, row, column + kColumns, high);
+}
+
+// Calls f(first_row, number of rows) for tiles of at most `most` rows and nearly equal size.
+template <typename F>
+inline void for_tiles(int64_t begin, int64_t end, int64_t most, F f) {
+  for (int64_t left = round_up(end - begin, most) / most; left > 0; --left) {
+    const int64_t rows = (end - begin + left - 1) / left;
+    f(begin, rows);
+    begin += rows;
+  }
+}
+
+// f with a number of rows, 1 to kMost, as a compile-time constant.
+template <int kMost, typename F>
+inline void with_rows(int64_t rows, F f) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return with_rows<kMost - 1>(rows, f);
+  }
+  f(std::integral_constant<int, kMost>{});
+}
+
+// Few rows: strip after strip, each read from memory once.
+template <typename Kernel>
+void run_few_rows(const Kernel& kernel, int64_t rows, int64_t strips, int64_t strip_bytes) {
+  const int64_t wanted = round_up(strips * strip_bytes, kTaskBytes) / kTaskBytes;
+  const int64_t tasks = std::min(strips, round_up(wanted, num_threads()));
+  parallel_for(tasks, [&](int64_t task) {
+    for (int64_t strip = strips * task / tasks; strip < strips * (task + 1) / tasks; ++strip) {
+      with_rows<kMaxFewRows>(rows, [&](auto count) { kernel.template tile<count(), 1, true>(0, strip); });
+    }
+  });
+}
+
+// Many rows: a group of strips stays in the second-level cache while the rows pass by.
+template <typename Kernel>
+void run_many_rows(const Kernel& kernel, int64_t rows, int64_t strips) {
+  const int64_t groups = round_up(strips, Kernel::kStrips) / Kernel::kStrips;
+  const int64_t tiles = round_up(rows, kTileRows) / kTileRows;
+  // Few groups of strips cannot be shared out evenly: cut the rows as well.
+  const int64_t wanted_blocks = round_up(8 * num_threads(), groups) / groups;
+  const int64_t blocks = num_threads() == 1 ? 1 : std::clamp<int64_t>(tiles / 3, 1, wanted_blocks);
+  parallel_for(groups * blocks, [&](int64_t task) {
+    const int64_t strip = task / blocks * Kernel::kStrips, block = task % blocks;
+    const bool is_whole = strip + Kernel::kStrips <= strips;
+    for_tiles(rows * block / blocks, rows * (block + 1) / blocks, kTileRows, [&](int64_t row, int64_t count) {
+      with_rows<kTileRows>(count, [&](auto tile_rows) {
+        if (is_whole) return kernel.template tile<tile_rows(), Kernel::kStrips, false>(row, strip);
+        kernel.template tile<tile_rows(), 1, false>(row, strip);
+      });
+    });
+  });
+}
+
+// kernel.tile<rows, strips, is_streaming>(first_row, first_strip) computes and stores one tile of at most
+// Kernel::kStrips strips; is_streaming: its weights come from memory.
+template <typename Kernel>
+void run_product(const Kernel& kernel, int64_t rows, int64_t strips, int64_t strip_bytes) {
+  if (rows <= kMaxFewRows) {
+    run_few_rows(kernel, rows, strips, strip_bytes);
+  } else {
+    run_many_rows(kernel, rows, strips);
+  }
+}
+
+// A kernel for weights that are multiplied as they are stored, word by word. Format says what a sum starts from, and
+// what becomes of it: start(row) and finish(row, column, sums).
+template <typename Format>
+struct WordKernel {
+  using Sums = typename Format::Sums;
+  static constexpr int kStrips = 2;
+
+  const Linear& args;
+  Format format;
+  const uint8_t* x;
+  int64_t x_stride;  // bytes
+  int64_t num_words;
+
+  int64_t strip_bytes() const { return num_words * kStripWidth * 4; }
+
+  template <int kRows, int kTileStrips, bool kIsStreaming>
+  void tile(int64_t row, int64_t strip) const {
+    constexpr int kVectors = 2 * kTileStrips;
+    Sums sums[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r) {
+      for (auto& sum : sums[r]) sum = format.start(row + r);
+    }
+    const uint8_t* weights = args.packed + strip * strip_bytes();
+    const uint8_t* inputs = x + row * x_stride;
+    for (int64_t word = 0; word < num_words; ++word, weights += 128, inputs += 4) {
+      Ints w[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) w[v] = load_ints(weights + v / 2 * strip_bytes() + v % 2 * 64);
+      if constexpr (kIsStreaming) prefetch_ahead<128>(weights);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const uint32_t input = load_word(inputs + r * x_stride);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = dot(sums[r][v], w[v], input);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int s = strip; s < strip + kTileStrips; ++s) {
+        const Sums* pair = sums[r] + 2 * (s - strip);
+        const int64_t column = s * kStripWidth;
+        store_strip(args, row + r, s, format.finish(row + r, column, pair[0]),
+                    format.finish(row + r, column + kColumns, pair[1]));
+      }
+    }
+  }
+};
+
+}  // namespace apt::APT_ISA
