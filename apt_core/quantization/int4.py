@@ -9,8 +9,9 @@ import torch
 GROUP_SIZE = 32
 """With a float16 scale and minimum each, 5 bits a weight."""
 LARGEST_CODE = 15
-SHRINKAGES = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Ranges that are tried, as parts of a group's own: cutting off an outlier can cost less than coarser steps."""
+SHRINKAGES = (1.0, 0.92)
+"""Ranges that are tried, as parts of a group's own: cutting off an outlier can cost less than coarser steps. More of
+them leave 2 % less squared error on normally distributed weights and take twice as long."""
 ROWS_AT_ONCE = 256
 """Few enough that the search stays in the caches."""
 

@@ -31,6 +31,8 @@ class EngineConfig:
     """Folder or tokenizer.json to use instead of the checkpoint's own tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Type of weights and activations. auto: bfloat16 where the device computes in it, else float32."""
+    weight_precision: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    """What the linear layers' weights are kept in on a processor; int8 and int4 are made at load time. auto: dtype."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = None
     """Threads of one step on a processor; None takes every core this process may use."""

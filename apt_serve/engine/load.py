@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ from apt_core.checkpoint import Checkpoint, load_into, open_checkpoint
 from apt_core.errors import ConfigError
 from apt_core.kv_cache import allocate_kv_cache, kv_bytes_per_token
 from apt_core.model_config import GenerationConfig, ModelConfig
-from apt_core.models.decoder import DecoderForCausalLM, fuse_projections, pack_linears
+from apt_core.models.decoder import fuse_projections, link_layers, pack_linears
+from apt_core.quantization import WeightPrecision
 from apt_core.registry import build_model
 from apt_kernels import ops
 from apt_kernels.cpu import native
@@ -26,8 +26,6 @@ from apt_serve.engine.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
-POST_LOAD_TRANSFORMS: tuple[Callable[[DecoderForCausalLM], None], ...] = (fuse_projections, pack_linears)
-"""Applied in this order once the weights are in place."""
 TYPICAL_CONTEXT = 2048
 """Tokens per sequence that the default KV cache has room for."""
 KV_CACHE_MEMORY_SHARE = 0.2
@@ -57,14 +55,16 @@ def load(config: EngineConfig) -> LoadedModel:
     if device.type == "cpu":
         native.log_state()
     dtype = _dtype(config, checkpoint.config, device)
+    precision = _weight_precision(config, dtype, device)
     max_model_len = _max_model_len(config, checkpoint.config)
     num_blocks = _num_kv_blocks(config, checkpoint.config, dtype, max_model_len)
 
     model = build_model(checkpoint.config)
     load_into(model, checkpoint, dtype=dtype, device=device)
     model.eval().requires_grad_(False)
-    for transform in POST_LOAD_TRANSFORMS:
-        transform(model)
+    fuse_projections(model)
+    pack_linears(model, precision)
+    link_layers(model)
     kv_cache = allocate_kv_cache(
         checkpoint.config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device
     )
@@ -77,10 +77,11 @@ def load(config: EngineConfig) -> LoadedModel:
         eos_token_ids=info.eos_token_ids,
     )
     log.info(
-        "%s ready in %.1f s: %s on %s, %d threads, %d KV blocks of %d tokens, contexts up to %d tokens",
+        "%s ready in %.1f s: %s, weights %s, on %s, %d threads, %d KV blocks of %d tokens, contexts up to %d tokens",
         info.name,
         time.perf_counter() - started,
         str(dtype).removeprefix("torch."),
+        precision or "alike",
         device,
         torch.get_num_threads(),
         num_blocks,
@@ -106,6 +107,18 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> to
     if device.type == "cuda":
         return torch.float16 if model.dtype == "float16" else torch.bfloat16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _weight_precision(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> WeightPrecision | None:
+    """None: as dtype."""
+    if config.weight_precision == "auto":
+        return None
+    if device.type != "cpu":
+        raise ConfigError(f"{config.weight_precision} is for processors; this is {device}", field="weight_precision")
+    if dtype not in (torch.float32, torch.bfloat16):
+        problem = f"{config.weight_precision} goes with dtype float32 or bfloat16, not {config.dtype}"
+        raise ConfigError(problem, field="weight_precision")
+    return config.weight_precision
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -12,13 +12,18 @@ from apt_kernels import reference
 from apt_kernels.cpu import attention as cpu_attention
 from apt_kernels.cpu import linear as cpu_linear
 from apt_kernels.cpu import native
+from apt_kernels.cpu.decoder import DecoderLayers, LayerWeights, Projection, can_run_layers
 from apt_kernels.cpu.linear import PackedWeight, can_pack
 from apt_kernels.reference import apply_rope, store_kv
 
 __all__ = [
+    "DecoderLayers",
+    "LayerWeights",
     "PackedWeight",
+    "Projection",
     "apply_rope",
     "can_pack",
+    "can_run_layers",
     "fused_add_rms_norm",
     "pack_int4_weight",
     "pack_int8_weight",
