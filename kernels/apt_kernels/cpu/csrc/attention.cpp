@@ -96,11 +96,15 @@ class HeadTask {
   void run(const State& total) {
     total.clear(rows_, dim_);
     pack_queries();
+    prefetch(std::max(item_.first_split * kSplit, key_begin_ / kTile * kTile));
     for (int64_t split = item_.first_split; split < item_.end_split; ++split) {
       split_.clear(rows_, dim_);
       const int64_t end = std::min((split + 1) * kSplit, key_end_);
-      for (int64_t tile = split * kSplit; tile < end; tile += kTile)
-        if (tile + kTile > key_begin_) run_tile(tile, std::min(tile + kTile, end));
+      for (int64_t tile = split * kSplit; tile < end; tile += kTile) {
+        if (tile + kTile <= key_begin_) continue;
+        if (tile + kTile < item_.end_split * kSplit) prefetch(tile + kTile);
+        run_tile(tile, std::min(tile + kTile, end));
+      }
       fold(total, split_, rows_, dim_);
     }
   }
@@ -143,19 +147,38 @@ class HeadTask {
       copy_as(static_cast<const T*>(a_.query) + row_offset(r), query_ + r * dim_, dim_);
   }
 
-  // Notes where keys begin .. end - 1 are, at index key - tile; other places of the tile count as zeros.
+  // Calls f(key, offset in the caches) for keys begin .. end - 1; no other place of the caches is ever read.
+  template <typename F>
+  void for_each_key(int64_t begin, int64_t end, F f) const {
+    int64_t block = begin / a_.block_size, slot = begin % a_.block_size;
+    for (int64_t key = begin; key < end; ++block, slot = 0) {
+      int64_t at = table_[block] * a_.block_stride + slot * a_.slot_stride + kv_head_ * a_.head_stride;
+      for (; slot < a_.block_size && key < end; ++slot, ++key, at += a_.slot_stride) f(key, at);
+    }
+  }
+
+  // A head's rows lie far apart, in blocks that lie anywhere: no processor foresees that by itself.
+  void prefetch(int64_t tile) const {
+    const auto keys = static_cast<const T*>(a_.key_cache), values = static_cast<const T*>(a_.value_cache);
+    const int64_t end = std::min(tile + kTile, key_end_);
+    for_each_key(std::max(tile, key_begin_), end, [&](int64_t, int64_t at) { prefetch_row(keys + at); });
+    for_each_key(std::max(tile, key_begin_), end, [&](int64_t, int64_t at) { prefetch_row(values + at); });
+  }
+
+  void prefetch_row(const T* row) const {
+    const auto bytes = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < dim_ * int64_t{sizeof(T)}; i += 64) prefetch_line(bytes + i);
+  }
+
+  // Notes where the keys of a tile are, by key - tile; places without a key count as zeros.
   void find_keys(int64_t tile, int64_t begin, int64_t end) {
     const auto keys = static_cast<const T*>(a_.key_cache), values = static_cast<const T*>(a_.value_cache);
     std::fill_n(key_rows_, kTile, nullptr);
     std::fill_n(value_rows_, kTile, nullptr);
-    int64_t block = begin / a_.block_size, slot = begin % a_.block_size;
-    for (int64_t key = begin; key < end; ++block, slot = 0) {
-      int64_t at = table_[block] * a_.block_stride + slot * a_.slot_stride + kv_head_ * a_.head_stride;
-      for (; slot < a_.block_size && key < end; ++slot, ++key, at += a_.slot_stride) {
-        key_rows_[key - tile] = keys + at;
-        value_rows_[key - tile] = values + at;
-      }
-    }
+    for_each_key(begin, end, [&](int64_t key, int64_t at) {
+      key_rows_[key - tile] = keys + at;
+      value_rows_[key - tile] = values + at;
+    });
   }
 
   void run_tile(int64_t tile, int64_t end) {

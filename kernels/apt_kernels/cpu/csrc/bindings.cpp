@@ -147,8 +147,10 @@ std::string isa() {
 }
 
 bool set_isa(const std::string& name) {
-  const auto isa = name == "avx512" ? apt::Isa::avx512 : name == "avx2" ? apt::Isa::avx2 : apt::Isa::portable;
-  return apt::set_isa(isa);
+  if (name == "avx512") return apt::set_isa(apt::Isa::avx512);
+  if (name == "avx2") return apt::set_isa(apt::Isa::avx2);
+  TORCH_CHECK(name == "portable", "no such instruction set: ", name);
+  return apt::set_isa(apt::Isa::portable);
 }
 
 int64_t num_threads() { return apt::num_threads(); }
