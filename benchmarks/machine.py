@@ -22,7 +22,7 @@ class Limits:
     read_gb_s: float
     """Reading memory once, all threads, in GB/s."""
     gemm_gflop_s: float
-    """A large matrix product in the model's element type, in GFLOP/s."""
+    """A large matrix product in one element type, in GFLOP/s; for int8 its additions and multiplications."""
 
 
 def describe() -> str:
@@ -40,9 +40,17 @@ def measure_limits(dtype: torch.dtype) -> Limits:
     data = torch.ones(64 * 2**20, dtype=torch.float32)  # 256 MiB: far beyond any cache
     read = data.nbytes / best_of(data.sum, 5)
     size = 2048
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    gemm = 2 * size**3 / best_of(lambda: left @ right, 5)
+    gemm = 2 * size**3 / best_of(_product(dtype, size), 5)
     return Limits(read_gb_s=read / 1e9, gemm_gflop_s=gemm / 1e9)
+
+
+def _product(dtype: torch.dtype, size: int) -> Callable[[], object]:
+    """A product of two square matrices."""
+    if dtype == torch.int8:
+        whole = torch.randint(-128, 128, (2, size, size), dtype=dtype)
+        return lambda: torch._int_mm(whole[0], whole[1])
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return lambda: left @ right
 
 
 def best_of(function: Callable[[], object], rounds: int) -> float:

@@ -19,6 +19,7 @@ from benchmarks.engine.offline import (
     prefill_tokens_per_s,
     run_offline,
 )
+from benchmarks.limits import decode_limit, prefill_limit
 from benchmarks.machine import Limits, describe, measure_limits
 from benchmarks.table import print_table
 
@@ -49,23 +50,8 @@ def main() -> None:
         for i, workload in enumerate(workloads):
             rounds[i].append(run_offline(engine, workload, seed=number * 100 + i))
     _print_table(workloads, rounds, model, dtype, limits)
-    rate = 2 * num_layer_weights(model) * median(prefill) / 1e9
-    print(f"prefill   {median(prefill):.0f} tok/s, {rate / limits.gemm_gflop_s:.0%} of the matrix rate")
-
-
-def num_layer_weights(model: ModelConfig) -> int:
-    """Weights of the matrices every token passes, without embedding and output head."""
-    attention = model.hidden_size * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    return model.num_layers * (attention + 3 * model.hidden_size * model.intermediate_size)
-
-
-def decode_limit(model: ModelConfig, dtype: torch.dtype, limits: Limits, num_streams: int, context: int) -> float:
-    """Most tokens per second: a step reads all weights and contexts once and multiplies once for each stream."""
-    num_weights = num_layer_weights(model) + model.vocab_size * model.hidden_size
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize * context
-    read_s = (num_weights * dtype.itemsize + num_streams * kv_bytes) / (limits.read_gb_s * 1e9)
-    multiply_s = 2 * num_weights * num_streams / (limits.gemm_gflop_s * 1e9)
-    return num_streams / max(read_s, multiply_s)
+    share = median(prefill) / prefill_limit(model, limits)
+    print(f"prefill   {median(prefill):.0f} tok/s, {share:.0%} of the matrix rate")
 
 
 def _print_table(
@@ -76,7 +62,10 @@ def _print_table(
     for workload, timings in zip(workloads, rounds, strict=True):
         decode = median(t.decode_tokens_per_s for t in timings)
         context = workload.prompt_len + workload.output_len // 2
-        limit = decode_limit(model, dtype, limits, workload.num_streams, context)
+        size = dtype.itemsize
+        limit = decode_limit(
+            model, limits, weight_bytes=size, kv_bytes=size, num_streams=workload.num_streams, context=context
+        )
         rows.append(
             (
                 f"{workload.num_streams}",
