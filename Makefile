@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test install lint types imports check bench clean
+.PHONY: help serve test install lint types imports check bench bench-peers clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +20,7 @@ export RAY_worker_niceness := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## List the commands.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 serve: install ## Install, start the server and print a first request once it answers.
 	@$(BIN)/apt-serve start --config $(CONFIG) $(ARGS)
@@ -68,6 +68,9 @@ check: lint types imports ## Every check that runs no code: lint, types, imports
 
 bench: install ## Measure the engine; BENCH=serve measures the server.
 	@$(BIN)/apt-serve bench $(or $(BENCH),engine) $(ARGS)
+
+bench-peers: install ## Measure APT beside llama.cpp, vLLM and OpenVINO, which it installs first.
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean: ## Remove .venv and caches.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage build dist
