@@ -48,7 +48,7 @@ def main() -> int:
     for number in range(args.rounds):
         limits.append(measure_all_limits(args.bits))
         for variant, engine in entrants.items():
-            name = f"{variant.engine} {variant.weights}"
+            name = _name(variant)
             if name in missing:
                 continue
             print(f"round {number + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
@@ -76,14 +76,22 @@ def _prepare(
     """The variants that can run; the others are added to ``missing``."""
     ready: dict[Variant, Engine] = {}
     for name, engine in engines.items():
-        variants = [variant for variant in engine.variants if variant.bits in widths]
         try:
-            engine.prepare(variants, weights)
+            engine.install()
         except SetupError as error:
             missing[name] = str(error)
-        else:
-            ready |= dict.fromkeys(variants, engine)
+            continue
+        for variant in (variant for variant in engine.variants if variant.bits in widths):
+            try:
+                engine.convert(variant, weights)
+                ready[variant] = engine
+            except SetupError as error:
+                missing[_name(variant)] = str(error)
     return ready
+
+
+def _name(variant: Variant) -> str:
+    return f"{variant.engine} {variant.weights}"
 
 
 def _measure(

@@ -31,8 +31,11 @@ class Apt:
         offered = {*_choices("dtype"), *_choices("weight_precision")}
         return tuple(Variant(NAME, weights, bits) for weights, bits in _BITS.items() if weights in offered)
 
-    def prepare(self, variants: Sequence[Variant], weights: Weights) -> None:
-        """Nothing to install: this process already runs in its environment."""
+    def install(self) -> None:
+        """Nothing to do: this process already runs in its environment."""
+
+    def convert(self, variant: Variant, weights: Weights) -> None:
+        """Nothing to do: it converts when it loads."""
 
     def command(self, variant: Variant, weights: Weights, workload: Workload, num_threads: int) -> Command:
         """This file as a program."""

@@ -45,16 +45,24 @@ class Engine(Protocol):
         """The precisions it can run in."""
         ...
 
-    def prepare(self, variants: Sequence[Variant], weights: Weights) -> None:
-        """Install what is needed and convert the weights, as far as that has not been done before.
+    def install(self) -> None:
+        """Get what it needs, as far as that has not been done before.
 
         Raises:
             SetupError: it cannot be had on this machine.
         """
         ...
 
+    def convert(self, variant: Variant, weights: Weights) -> None:
+        """Write the weights in its own format, as far as that has not been done before.
+
+        Raises:
+            SetupError: it cannot run them in this precision.
+        """
+        ...
+
     def command(self, variant: Variant, weights: Weights, workload: Workload, num_threads: int) -> Command:
-        """The process that takes the measurements, after ``prepare``."""
+        """The process that takes the measurements, after ``install`` and ``convert``."""
         ...
 
     def observed(self, lines: Sequence[Line]) -> Observed:

@@ -43,12 +43,22 @@ class LlamaCpp:
         """Its best kernels for this machine at each size."""
         return (Variant(NAME, "bf16", 16), Variant(NAME, "q8_0", 8), Variant(NAME, "q4_1", 4))
 
-    def prepare(self, variants: Sequence[Variant], weights: Weights) -> None:
-        """Download, build, convert."""
+    def install(self) -> None:
+        """Download and build."""
         self._setup.once("sources", _SOURCES, self._download)
         self._setup.once("build", " ".join((_SOURCES, *_CMAKE_OPTIONS, *_TARGETS)), self._compile)
-        for variant in variants:
-            self._convert(variant, weights)
+
+    def convert(self, variant: Variant, weights: Weights) -> None:
+        """Convert and quantize with its own tools."""
+        wanted = self._gguf(variant, weights)
+        if wanted.is_file():
+            return
+        unquantized = self._converted("bf16", weights)
+        if not unquantized.is_file():
+            script = str(self._source / "convert_hf_to_gguf.py")
+            self._write(unquantized, [sys.executable, script, str(weights.hf_folder), "--outtype=bf16", "--outfile"])
+        if not wanted.is_file():
+            self._write(wanted, [self._program("llama-quantize"), str(unquantized)], variant.weights)
 
     def command(self, variant: Variant, weights: Weights, workload: Workload, num_threads: int) -> Command:
         """All repeats in one process, each with every batch in turn."""
@@ -94,17 +104,6 @@ class LlamaCpp:
         self._setup.run("configuring", ["cmake", "-S", str(self._source), "-B", str(self._build), *_CMAKE_OPTIONS])
         jobs = str(len(os.sched_getaffinity(0)))
         self._setup.run("building", ["cmake", "--build", str(self._build), "-j", jobs, "--target", *_TARGETS])
-
-    def _convert(self, variant: Variant, weights: Weights) -> None:
-        wanted = self._gguf(variant, weights)
-        if wanted.is_file():
-            return
-        unquantized = self._converted("bf16", weights)
-        if not unquantized.is_file():
-            script = str(self._source / "convert_hf_to_gguf.py")
-            self._write(unquantized, [sys.executable, script, str(weights.hf_folder), "--outtype=bf16", "--outfile"])
-        if not wanted.is_file():
-            self._write(wanted, [self._program("llama-quantize"), str(unquantized)], variant.weights)
 
     def _write(self, path: Path, command: Sequence[str], *last: str) -> None:
         """Make a file by a command that takes its name, whole or not at all."""

@@ -20,6 +20,8 @@ _REQUIREMENTS = ((_TORCH,), (_TORCH, *_PACKAGES))
 _UNWANTED = ("torchvision",)
 """A build of it for CUDA fails when imported, and language models do not need it."""
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+_EXPORT_OPTIONS = {"int4": ("--group-size", "64")}
+"""The default group, 128 weights, does not divide every model's rows."""
 _CACHE_GIB = 2
 
 
@@ -34,11 +36,26 @@ class OpenVino:
         """Weights as they are stored; all compute in bfloat16."""
         return (Variant(NAME, "fp16", 16), Variant(NAME, "int8", 8), Variant(NAME, "int4", 4))
 
-    def prepare(self, variants: Sequence[Variant], weights: Weights) -> None:
-        """Install and export."""
+    def install(self) -> None:
+        """Make its environment."""
         self._setup.environment(_REQUIREMENTS, _UNWANTED)
-        for variant in variants:
-            self._export(variant, weights)
+
+    def convert(self, variant: Variant, weights: Weights) -> None:
+        """Export with optimum-intel."""
+        place = self._exported(variant, weights)
+        if place.is_dir():
+            return
+        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
+        export = [str(Path(self._setup.python).with_name("optimum-cli")), "export", "openvino"]
+        model = ["--model", str(weights.hf_folder), "--task", "text-generation-with-past"]
+        options = ["--weight-format", variant.weights, *_EXPORT_OPTIONS.get(variant.weights, ())]
+        try:
+            what = f"converting the weights ({variant.weights})"
+            self._setup.run(what, [*export, *model, *options, str(temporary)], _ENVIRONMENT)
+            temporary.rename(place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def command(self, variant: Variant, weights: Weights, workload: Workload, num_threads: int) -> Command:
         """This file as a program of the peer's environment."""
@@ -50,24 +67,6 @@ class OpenVino:
     def observed(self, lines: Sequence[Line]) -> Observed:
         """The worker's events."""
         return observed(lines)
-
-    def _export(self, variant: Variant, weights: Weights) -> None:
-        place = self._exported(variant, weights)
-        if place.is_dir():
-            return
-        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
-        export = [str(Path(self._setup.python).with_name("optimum-cli")), "export", "openvino"]
-        model = ["--model", str(weights.hf_folder), "--task", "text-generation-with-past"]
-        try:
-            self._setup.run(
-                f"converting the weights ({variant.weights})",
-                [*export, *model, "--weight-format", variant.weights, str(temporary)],
-                _ENVIRONMENT,
-            )
-            temporary.rename(place)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _exported(self, variant: Variant, weights: Weights) -> Path:
         return self._setup.folder / "models" / weights.name / variant.weights

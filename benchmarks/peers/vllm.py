@@ -36,9 +36,12 @@ class Vllm:
         """The precision it can make of an unquantized checkpoint."""
         return (Variant(NAME, "bfloat16", 16),)
 
-    def prepare(self, variants: Sequence[Variant], weights: Weights) -> None:
-        """Install; the weights are read as they are."""
+    def install(self) -> None:
+        """Make its environment."""
         self._setup.environment(_REQUIREMENTS, _UNWANTED)
+
+    def convert(self, variant: Variant, weights: Weights) -> None:
+        """Nothing to do: it reads the Hugging Face folder."""
 
     def command(self, variant: Variant, weights: Weights, workload: Workload, num_threads: int) -> Command:
         """This file as a program of the peer's environment."""
