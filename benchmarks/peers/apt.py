@@ -14,7 +14,7 @@ from apt_serve.engine.sampling_params import SamplingParams
 from benchmarks.peers.engine import Variant, Weights
 from benchmarks.peers.process import Command, Line
 from benchmarks.peers.setup import ROOT
-from benchmarks.peers.worker import job_of_this_process, measure, observed
+from benchmarks.peers.worker import job_of_this_process, measure, observed, worker_argv
 from benchmarks.peers.workload import MAX_BATCHED_TOKENS, Job, Observed, Workload
 
 NAME = "APT"
@@ -38,9 +38,9 @@ class Apt:
         """Nothing to do: it converts when it loads."""
 
     def command(self, variant: Variant, weights: Weights, workload: Workload, num_threads: int) -> Command:
-        """This file as a program."""
+        """``main`` below, in this environment."""
         job = Job(weights.source, variant.weights, num_threads, weights.vocab_size, workload)
-        argv = (sys.executable, "-m", "benchmarks.peers.apt", job.to_json())
+        argv = worker_argv(sys.executable, "benchmarks.peers.apt", job)
         return Command(argv, {"OMP_NUM_THREADS": str(num_threads)}, ROOT)
 
     def observed(self, lines: Sequence[Line]) -> Observed:
@@ -93,7 +93,3 @@ def _choices(setting: str) -> tuple[str, ...]:
     if setting not in {field.name for field in dataclasses.fields(EngineConfig)}:
         return ()
     return get_args(get_type_hints(EngineConfig)[setting])
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.peers.engine import Variant, Weights
 from benchmarks.peers.process import Command, Line
 from benchmarks.peers.setup import Setup
-from benchmarks.peers.worker import job_of_this_process, measure, observed
+from benchmarks.peers.worker import job_of_this_process, measure, observed, worker_argv
 from benchmarks.peers.workload import MAX_BATCHED_TOKENS, Job, Observed, Workload
 
 NAME = "OpenVINO"
@@ -58,10 +58,10 @@ class OpenVino:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def command(self, variant: Variant, weights: Weights, workload: Workload, num_threads: int) -> Command:
-        """This file as a program of the peer's environment."""
+        """``main`` below, in the peer's environment."""
         model = str(self._exported(variant, weights))
         job = Job(model, variant.weights, num_threads, weights.vocab_size, workload)
-        argv = (self._setup.python, "-m", "benchmarks.peers.openvino", job.to_json())
+        argv = worker_argv(self._setup.python, "benchmarks.peers.openvino", job)
         return Command(argv, _ENVIRONMENT | {"OMP_NUM_THREADS": str(num_threads)}, self._setup.import_folder)
 
     def observed(self, lines: Sequence[Line]) -> Observed:
@@ -93,7 +93,3 @@ def main() -> None:
         pipeline.generate(tensors, [config] * len(tensors))
 
     measure(generate, job)
-
-
-if __name__ == "__main__":
-    main()

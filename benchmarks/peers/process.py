@@ -144,8 +144,8 @@ def _tree_peak_kib(pid: int) -> int:
     """Peak resident memory of a process, plus that of all below it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    except OSError:  # it has just ended
+        by_thread = [path.read_text(encoding="ascii") for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:  # it, or a thread of it, has just ended
         return 0
     own = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), 0)
-    return own + sum(_tree_peak_kib(int(child)) for child in children)
+    return own + sum(_tree_peak_kib(int(child)) for children in by_thread for child in children.split())

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.peers.engine import Variant, Weights
 from benchmarks.peers.process import Command, Line
 from benchmarks.peers.setup import Setup
-from benchmarks.peers.worker import job_of_this_process, measure, observed
+from benchmarks.peers.worker import job_of_this_process, measure, observed, worker_argv
 from benchmarks.peers.workload import MAX_BATCHED_TOKENS, Job, Observed, Workload
 
 NAME = "vLLM"
@@ -44,7 +44,7 @@ class Vllm:
         """Nothing to do: it reads the Hugging Face folder."""
 
     def command(self, variant: Variant, weights: Weights, workload: Workload, num_threads: int) -> Command:
-        """This file as a program of the peer's environment."""
+        """``main`` below, in the peer's environment."""
         job = Job(str(weights.hf_folder), variant.weights, num_threads, weights.vocab_size, workload)
         cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[:num_threads]))
         environment = _ENVIRONMENT | {
@@ -52,7 +52,7 @@ class Vllm:
             "VLLM_CPU_OMP_THREADS_BIND": cpus,
             "VLLM_CACHE_ROOT": str(self._setup.folder / "cache"),
         }
-        argv = (self._setup.python, "-m", "benchmarks.peers.vllm", job.to_json())
+        argv = worker_argv(self._setup.python, "benchmarks.peers.vllm", job)
         return Command(argv, environment, self._setup.import_folder)
 
     def observed(self, lines: Sequence[Line]) -> Observed:
@@ -79,7 +79,3 @@ def main() -> None:
         llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
 
     measure(generate, job)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,14 @@ Generate = Callable[[list[list[int]], int], object]
 """Continues these prompts by so many tokens each, greedily, whatever the tokens are."""
 
 
+def worker_argv(python: str, module: str, job: Job) -> tuple[str, ...]:
+    """The command that runs ``main`` of a module on a job.
+
+    Not ``python -m``: an engine that spawns processes would run the module in each of them once more.
+    """
+    return (python, "-c", f"from {module} import main; main()", job.to_json())
+
+
 def job_of_this_process() -> Job:
     """The job its parent gave it."""
     return Job.from_json(sys.argv[1])
