@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from apt_core.checkpoint import open_checkpoint
+from apt_kernels.cpu import native
 from apt_serve.engine.config import EMBEDDED_MODEL
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.llm import LLM
@@ -115,3 +116,16 @@ def test_bfloat16_gives_a_sensible_answer_and_the_same_alone_and_among_others():
     together = llm.generate(PROMPTS[:4], sampling)
     assert "Paris" in together[0].text
     assert [llm.generate(prompt, sampling)[0].token_ids for prompt in PROMPTS[:4]] == [r.token_ids for r in together]
+
+
+@pytest.mark.skipif(not native.is_enabled(), reason="torch's own ops depend on the chunk")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_result_does_not_depend_on_how_the_prompt_was_cut(dtype):
+    sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=2)
+    results = []
+    for budget, num_threads in ((600, 1), (70, 1), (64, 2)):
+        llm = LLM(
+            EMBEDDED_MODEL, dtype=dtype, num_threads=num_threads, max_model_len=1024, max_num_batched_tokens=budget
+        )
+        results.append([r.completions[0].logprobs for r in llm.generate(PROMPTS[12:], sampling)])
+    assert results[0] == results[1] == results[2]
