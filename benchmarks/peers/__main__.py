@@ -37,7 +37,7 @@ def main() -> int:
     workload = Workload(tuple(args.streams), args.prompt_len, args.output_len, args.repeats)
     weights = shared_weights(args.source, folder / "models")
     missing: dict[str, str] = {}
-    entrants = _prepare(_engines(args.engines, folder), args.bits, weights, missing)
+    entrants = prepare(_engines(args.engines, folder), args.bits, weights, missing)
     if args.setup_only:
         _print_missing(missing)
         return 0
@@ -70,7 +70,7 @@ def _engines(names: Sequence[str], folder: Path) -> dict[str, Engine]:
     return {name: known[name] for name in names}
 
 
-def _prepare(
+def prepare(
     engines: dict[str, Engine], widths: Sequence[int], weights: Weights, missing: dict[str, str]
 ) -> dict[Variant, Engine]:
     """The variants that can run; the others are added to ``missing``."""

@@ -16,7 +16,8 @@ from benchmarks.peers.setup import Setup, SetupError
 from benchmarks.peers.workload import MAX_BATCHED_TOKENS, Observed, Sample, Workload
 
 NAME = "llama.cpp"
-_SOURCES = "llama-cpp-python==0.3.36"
+SOURCES = "llama-cpp-python==0.3.36"
+"""The package that carries them."""
 _TARGETS = ("llama-batched-bench", "llama-bench", "llama-quantize")
 _CMAKE_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -45,8 +46,8 @@ class LlamaCpp:
 
     def install(self) -> None:
         """Download and build."""
-        self._setup.once("sources", _SOURCES, self._download)
-        self._setup.once("build", " ".join((_SOURCES, *_CMAKE_OPTIONS, *_TARGETS)), self._compile)
+        self._setup.once("sources", SOURCES, self._download)
+        self._setup.once("build", " ".join((SOURCES, *_CMAKE_OPTIONS, *_TARGETS)), self._compile)
 
     def convert(self, variant: Variant, weights: Weights) -> None:
         """Convert and quantize with its own tools."""
@@ -88,8 +89,8 @@ class LlamaCpp:
         shutil.rmtree(source, ignore_errors=True)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
         self._setup.run(
-            f"downloading the sources ({_SOURCES})",
-            [*pip, "--no-binary", "llama-cpp-python", "--dest", str(downloads), _SOURCES],
+            f"downloading the sources ({SOURCES})",
+            [*pip, "--no-binary", "llama-cpp-python", "--dest", str(downloads), SOURCES],
         )
         (archive,) = downloads.glob("*.tar.gz")
         with tarfile.open(archive) as files:

@@ -12,7 +12,8 @@ import pytest
 from apt_serve.engine.config import EngineConfig
 from benchmarks.limits import decode_limit, prefill_limit
 from benchmarks.machine import Limits
-from benchmarks.peers import worker
+from benchmarks.peers import llama_cpp, worker
+from benchmarks.peers.__main__ import prepare
 from benchmarks.peers.apt import Apt, engine_config
 from benchmarks.peers.engine import Variant, Weights
 from benchmarks.peers.llama_cpp import LlamaCpp, parse_batched_bench
@@ -265,6 +266,38 @@ print([name for name in ("apt_core", "apt_serve", "kernels", "torch") if importl
 
 
 # Engines
+
+
+class Peer:
+    """A peer that cannot be installed, or cannot take 8-bit weights."""
+
+    variants = (Variant("peer", "bf16", 16), Variant("peer", "q8", 8), Variant("peer", "q4", 4))
+
+    def __init__(self, *, is_installable: bool) -> None:
+        self._is_installable = is_installable
+
+    def install(self) -> None:
+        if not self._is_installable:
+            raise SetupError("building it needs cmake")
+
+    def convert(self, variant: Variant, weights: Weights) -> None:
+        if variant.bits == 8:
+            raise SetupError("no such precision")
+
+
+def test_what_cannot_be_had_is_noted_with_the_reason_and_the_rest_runs() -> None:
+    missing: dict[str, str] = {}
+    engines = {"good": Peer(is_installable=True), "bad": Peer(is_installable=False)}
+    ready = prepare(engines, [16, 8], WEIGHTS, missing)
+    assert ready == {Variant("peer", "bf16", 16): engines["good"]}
+    assert missing == {"peer q8": "no such precision", "bad": "building it needs cmake"}
+
+
+def test_llama_cpp_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".sources").write_text(llama_cpp.SOURCES)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SetupError, match="needs cmake"):
+        LlamaCpp(tmp_path).install()
 
 
 def test_apt_runs_in_each_precision_of_its_settings() -> None:
