@@ -79,14 +79,8 @@ class HeadTask {
   using Words = std::conditional_t<std::is_same_v<T, float>, Float32Words, Bf16Words>;
   using Element = typename Words::Element;
 
-  // Heads kv_head .. prefetch_end - 1 are fetched together, because they lie side by side; none if that has been done.
-  HeadTask(const PagedAttention& args, const Item& item, int64_t kv_head, int64_t prefetch_end)
-      : a_(args),
-        item_(item),
-        kv_head_(kv_head),
-        prefetch_end_(prefetch_end),
-        group_(args.num_heads / args.num_kv_heads),
-        dim_(args.head_dim) {
+  HeadTask(const PagedAttention& args, const Item& item, int64_t kv_head)
+      : a_(args), item_(item), kv_head_(kv_head), group_(args.num_heads / args.num_kv_heads), dim_(args.head_dim) {
     rows_ = item.num_queries * group_;
     const int64_t queries_in_seq = args.cu_seqlens_q[item.seq + 1] - args.cu_seqlens_q[item.seq];
     first_position_ = args.context_lens[item.seq] - queries_in_seq + item.first_query;
@@ -102,14 +96,15 @@ class HeadTask {
   void run(const State& total) {
     total.clear(rows_, dim_);
     pack_queries();
-    const int64_t first_tile = std::max(item_.first_split * kSplit, key_begin_ / kTile * kTile);
-    prefetch(a_.key_cache, first_tile);
-    prefetch(a_.value_cache, first_tile);
+    prefetch(std::max(item_.first_split * kSplit, key_begin_ / kTile * kTile));
     for (int64_t split = item_.first_split; split < item_.end_split; ++split) {
       split_.clear(rows_, dim_);
       const int64_t end = std::min((split + 1) * kSplit, key_end_);
-      for (int64_t tile = split * kSplit; tile < end; tile += kTile)
-        if (tile + kTile > key_begin_) run_tile(tile, std::min(tile + kTile, end));
+      for (int64_t tile = split * kSplit; tile < end; tile += kTile) {
+        if (tile + kTile <= key_begin_) continue;
+        if (tile + kTile < item_.end_split * kSplit) prefetch(tile + kTile);
+        run_tile(tile, std::min(tile + kTile, end));
+      }
       fold(total, split_, rows_, dim_);
     }
   }
@@ -163,12 +158,11 @@ class HeadTask {
   }
 
   // A head's rows lie far apart, in blocks that lie anywhere: no processor foresees that by itself.
-  void prefetch(const void* cache, int64_t tile) const {
-    if (prefetch_end_ <= kv_head_ || tile >= std::min(key_end_, item_.end_split * kSplit)) return;
-    const auto rows = static_cast<const T*>(cache);
-    for_each_key(std::max(tile, key_begin_), std::min(tile + kTile, key_end_), [&](int64_t, int64_t at) {
-      for (int64_t head = kv_head_; head < prefetch_end_; ++head, at += a_.head_stride) prefetch_row(rows + at);
-    });
+  void prefetch(int64_t tile) const {
+    const auto keys = static_cast<const T*>(a_.key_cache), values = static_cast<const T*>(a_.value_cache);
+    const int64_t end = std::min(tile + kTile, key_end_);
+    for_each_key(std::max(tile, key_begin_), end, [&](int64_t, int64_t at) { prefetch_row(keys + at); });
+    for_each_key(std::max(tile, key_begin_), end, [&](int64_t, int64_t at) { prefetch_row(values + at); });
   }
 
   void prefetch_row(const T* row) const {
@@ -190,12 +184,10 @@ class HeadTask {
   void run_tile(int64_t tile, int64_t end) {
     const int64_t count = end - tile, columns = divide_up(count, 16) * 16;
     find_keys(tile, std::max(tile, key_begin_), end);
-    prefetch(a_.key_cache, tile + kTile);
     pack_keys<Words>(key_rows_, columns, dim_, packed_keys_, kTile);
+    pack_values<Words>(value_rows_, count, dim_, packed_values_);
     multiply<Words>({reinterpret_cast<const uint32_t*>(query_), dim_ / Words::kPerWord, packed_keys_, kTile, scores_,
                      kTile, rows_, columns, dim_ / Words::kPerWord, false});
-    prefetch(a_.value_cache, tile + kTile);
-    pack_values<Words>(value_rows_, count, dim_, packed_values_);
     const bool sees_all = end <= first_position_ + 1 && key_end_ - 1 - tile < a_.window && count == kTile;
     for (int64_t r = 0; r < rows_; ++r) sees_all ? weigh_row<false>(r, tile, end) : weigh_row<true>(r, tile, end);
     multiply<Words>({reinterpret_cast<const uint32_t*>(weights_), kTile / Words::kPerWord, packed_values_, dim_,
@@ -239,7 +231,7 @@ class HeadTask {
 
   const PagedAttention& a_;
   const Item& item_;
-  const int64_t kv_head_, prefetch_end_, group_, dim_;
+  const int64_t kv_head_, group_, dim_;
   int64_t rows_, first_position_, key_begin_, key_end_;
   const int32_t* table_;
   const T* key_rows_[kTile];
@@ -278,46 +270,21 @@ void plan_sequence(const PagedAttention& a, int64_t seq, int64_t queries_per_ite
   }
 }
 
-// Some kv heads of an item.
-struct Task {
-  const Item* item;
-  int64_t first_head, end_head;
-};
-
-// Heads whose keys and values of one split stay in the second-level cache together.
-int64_t heads_per_task(const PagedAttention& a) {
-  constexpr int64_t kCacheShare = 256 * 1024;
-  const int64_t head_bytes = 2 * kSplit * a.head_dim * (a.is_bf16 ? 2 : 4);
-  return std::clamp<int64_t>(kCacheShare / head_bytes, 1, a.num_kv_heads);
-}
-
-// Items of one split take several heads at a time, which reads memory in its order, if enough tasks are left.
-std::vector<Task> cut_into_tasks(const PagedAttention& a, const std::vector<Item>& items) {
-  const int64_t num_items = static_cast<int64_t>(items.size()), together = heads_per_task(a);
-  const bool has_enough = num_items * divide_up(a.num_kv_heads, together) >= 2 * num_threads();
-  std::vector<Task> tasks;
-  for (const Item& item : items) {
-    const int64_t step = has_enough && item.end_split - item.first_split == 1 ? together : 1;
-    for (int64_t head = 0; head < a.num_kv_heads; head += step)
-      tasks.push_back({&item, head, std::min(head + step, a.num_kv_heads)});
-  }
-  return tasks;
-}
-
 template <typename T>
 void paged_attention_as(const PagedAttention& a) {
   const int64_t group = a.num_heads / a.num_kv_heads, dim = a.head_dim;
   const int64_t queries_per_item = std::max<int64_t>(kTargetRows / group, 1);
   Plan plan;
   for (int64_t seq = 0; seq < a.num_seqs; ++seq) plan_sequence(a, seq, queries_per_item, plan);
-  const std::vector<Task> tasks = cut_into_tasks(a, plan.items);
 
   const int64_t partial_size = divide_up(State::size(queries_per_item * group, dim), 16) * 16;
   auto* partials = static_cast<float*>(partial_scratch.get(4 * plan.num_partials * a.num_kv_heads * partial_size));
   std::vector<std::atomic<int64_t>> num_done(static_cast<size_t>(plan.num_counters * a.num_kv_heads));
 
-  const auto run_head = [&](const Item& item, int64_t kv_head, int64_t prefetch_end) {
-    HeadTask<T> work(a, item, kv_head, prefetch_end);
+  parallel_for(static_cast<int64_t>(plan.items.size()) * a.num_kv_heads, [&](int64_t task) {
+    const Item& item = plan.items[static_cast<size_t>(task / a.num_kv_heads)];
+    const int64_t kv_head = task % a.num_kv_heads;
+    HeadTask<T> work(a, item, kv_head);
     const State whole = work.whole_state();
     if (item.num_partials == 1) {
       work.run(whole);
@@ -333,11 +300,6 @@ void paged_attention_as(const PagedAttention& a) {
     whole.clear(work.rows(), dim);  // the last to finish folds them all, in order
     for (int64_t i = 0; i < item.num_partials; ++i) fold(whole, partial(item.first_partial + i), work.rows(), dim);
     work.write(whole);
-  };
-  parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
-    const Task& task = tasks[static_cast<size_t>(index)];
-    for (int64_t head = task.first_head; head < task.end_head; ++head)
-      run_head(*task.item, head, head == task.first_head ? task.end_head : 0);
   });
 }
 
