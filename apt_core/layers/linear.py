@@ -8,6 +8,24 @@ from torch import nn
 from apt_kernels import ops
 
 
+class Linear(nn.Linear):
+    """A linear layer that is initialised only where it has memory: on the meta device that takes a second a model."""
+
+    def reset_parameters(self) -> None:
+        """Initialise as torch does."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """An embedding that is initialised only where it has memory."""
+
+    def reset_parameters(self) -> None:
+        """Initialise as torch does."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight lives only in a packed layout of one of the formats; inference only."""
 
