@@ -127,13 +127,13 @@ def test_a_row_depends_on_neither_the_other_rows_nor_the_threads(isa, format_):
 
 
 def test_int8_sums_are_exact(isa):
-    """Bit for bit, and at the largest values there are."""
+    """Bit for bit, at the largest values, too; longer rows add groups up in float32."""
     torch.manual_seed(0)
-    weight = torch.randint(-127, 128, (64, 4096), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (64, reference.INT8_INPUT_GROUP), dtype=torch.int8)
     weight[0], weight[1] = 127, -127
     scales = torch.rand(64) + 0.5
     packed = ops.pack_int8_weight(weight, scales)
-    x = torch.randn(20, 4096)
+    x = torch.randn(20, reference.INT8_INPUT_GROUP)
     x[3], x[4] = 1.0, -1.0
     assert torch.equal(ops.packed_linear(x, packed), reference.int8_linear(x, weight, scales, None, torch.float32))
 

@@ -19,6 +19,8 @@
 namespace apt {
 
 constexpr int64_t kStripWidth = 32;
+// Inputs that share a scale in a product with int8 weights.
+constexpr int64_t kInt8InputGroup = 32;
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t num_strips(int64_t out_features) { return round_up(out_features, kStripWidth) / kStripWidth; }

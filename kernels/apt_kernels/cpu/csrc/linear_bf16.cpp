@@ -6,11 +6,43 @@
 namespace apt::APT_ISA {
 namespace {
 
-struct Bf16Format {
-  using Sums = Floats;
+struct Bf16Kernel {
+  static constexpr int kStrips = 2;
 
-  Floats start(int64_t) const { return broadcast_floats(0.0f); }
-  Floats finish(int64_t, int64_t, const Floats& sums) const { return sums; }
+  const Linear& args;
+  const uint8_t* x;
+  int64_t x_stride;  // bytes
+  int64_t num_words;
+
+  int64_t strip_bytes() const { return num_words * kStripWidth * 4; }
+
+  template <int kRows, int kTileStrips, bool kIsStreaming>
+  void tile(int64_t row, int64_t strip) const {
+    constexpr int kVectors = 2 * kTileStrips;
+    Floats sums[kRows][kVectors];
+    for (auto& row_sums : sums) {
+      for (auto& sum : row_sums) sum = broadcast_floats(0.0f);
+    }
+    const uint8_t* weights = args.packed + strip * strip_bytes();
+    const uint8_t* inputs = x + row * x_stride;
+    for (int64_t word = 0; word < num_words; ++word, weights += 128, inputs += 4) {
+      Ints w[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) w[v] = load_ints(weights + v / 2 * strip_bytes() + v % 2 * 64);
+      if constexpr (kIsStreaming) prefetch_ahead<128>(weights);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const uint32_t input = load_word(inputs + r * x_stride);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = dot(sums[r][v], w[v], input);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int s = 0; s < kTileStrips; ++s) store_strip(args, row + r, strip + s, sums[r][2 * s], sums[r][2 * s + 1]);
+    }
+  }
 };
 
 // Rows with a zero behind each: an odd number of inputs does not fill the last word.
@@ -30,7 +62,7 @@ const uint8_t* pad_rows(const Linear& args) {
 void bf16_linear(const Linear& args) {
   const uint8_t* x = args.in % 2 == 0 ? static_cast<const uint8_t*>(args.x) : pad_rows(args);
   const int64_t num_words = round_up(args.in, 2) / 2;
-  const WordKernel<Bf16Format> kernel{args, {}, x, num_words * 4, num_words};
+  const Bf16Kernel kernel{args, x, num_words * 4, num_words};
   run_product(kernel, args.rows, num_strips(args.out_features), kernel.strip_bytes());
 }
 

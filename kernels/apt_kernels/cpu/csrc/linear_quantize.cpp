@@ -60,12 +60,14 @@ Group quantize_group(const T* x, int64_t count, int8_t* values) {
   return {largest / 127.0f, sum};
 }
 
+// `scales` and `sums` are those of the row's first group; the next group's are `stride` further.
 template <typename T>
-void quantize_row(const T* x, int64_t in, int64_t group_size, int8_t* values, float* scales, int32_t* sums) {
-  for (int64_t first = 0; first < in; first += group_size) {
+void quantize_row(const T* x, int64_t in, int64_t group_size, int8_t* values, float* scales, int32_t* sums,
+                  int64_t stride) {
+  for (int64_t first = 0; first < in; first += group_size, scales += stride, sums += stride) {
     const Group group = quantize_group(x + first, std::min(group_size, in - first), values + first);
-    *scales++ = group.scale;
-    *sums++ = group.sum;
+    *scales = group.scale;
+    *sums = group.sum;
   }
 }
 
@@ -73,7 +75,7 @@ void quantize_row(const T* x, int64_t in, int64_t group_size, int8_t* values, fl
 
 QuantizedRows quantize_rows(const Linear& args, int64_t group_size) {
   thread_local Scratch values_memory, scales_memory, sums_memory;
-  const int64_t num_groups = args.in / group_size;
+  const int64_t num_groups = round_up(args.in, group_size) / group_size;
   const int64_t stride = round_up(args.in, kAlignment);
   auto* values = static_cast<int8_t*>(values_memory.get(args.rows * stride));
   auto* scales = static_cast<float*>(scales_memory.get(args.rows * num_groups * 4));
@@ -83,16 +85,17 @@ QuantizedRows quantize_rows(const Linear& args, int64_t group_size) {
   parallel_for_ranges(args.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       int8_t* row_values = values + row * stride;
-      float* row_scales = scales + row * num_groups;
-      int32_t* row_sums = sums + row * num_groups;
+      const auto quantize = [&](const auto* x) {
+        quantize_row(x + row * in, in, group_size, row_values, scales + row, sums + row, args.rows);
+      };
       if (args.is_x_bf16) {
-        quantize_row(static_cast<const Bf16*>(args.x) + row * in, in, group_size, row_values, row_scales, row_sums);
+        quantize(static_cast<const Bf16*>(args.x));
       } else {
-        quantize_row(static_cast<const float*>(args.x) + row * in, in, group_size, row_values, row_scales, row_sums);
+        quantize(static_cast<const float*>(args.x));
       }
     }
   });
-  return {reinterpret_cast<const uint8_t*>(values), stride, scales, sums, num_groups};
+  return {reinterpret_cast<const uint8_t*>(values), stride, scales, sums, num_groups, args.rows};
 }
 
 }  // namespace apt::APT_ISA

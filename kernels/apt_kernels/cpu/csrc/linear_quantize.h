@@ -8,9 +8,9 @@ namespace apt::APT_ISA {
 struct QuantizedRows {
   const uint8_t* values;  // [rows, stride] int8, zeros from `in` on
   int64_t stride;         // bytes
-  const float* scales;    // [rows, num_groups]
-  const int32_t* sums;    // [rows, num_groups], of the group's values
-  int64_t num_groups;
+  const float* scales;    // [num_groups, num_rows]
+  const int32_t* sums;    // [num_groups, num_rows], of the group's values
+  int64_t num_groups, num_rows;
 };
 
 // value = scale * int8, symmetric, the group's largest magnitude at 127; a group with a NaN or an infinity becomes NaN

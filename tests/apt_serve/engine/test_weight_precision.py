@@ -1,0 +1,63 @@
+"""The embedded model with its weights in fewer bits."""
+
+import pytest
+import torch
+
+from apt_core.errors import ConfigError
+from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
+from apt_serve.engine.load import load
+from apt_serve.engine.sampling_params import SamplingParams
+from apt_serve.llm import LLM
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "The mitochondria is the",
+    "To be, or not to be, that is the",
+    "In 1969, Neil Armstrong",
+]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def generate(prompts, params=GREEDY, **settings):
+    llm = LLM(EMBEDDED_MODEL, num_threads=1, max_model_len=256, max_num_batched_tokens=128, **settings)
+    return llm.generate(prompts, params)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return generate(PROMPTS, dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("precision", "least"), [("bfloat16", 0.94), ("int8", 0.88), ("int4", 0.88)])
+def test_the_next_token_is_mostly_that_of_float32(expected, dtype, precision, least):
+    """After every beginning of float32's own texts."""
+    beginnings, wanted = [], []
+    for result in expected:
+        for i, token in enumerate(result.token_ids):
+            beginnings.append([*result.prompt_token_ids, *result.token_ids[:i]])
+            wanted.append(token)
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    found = [result.token_ids[0] for result in generate(beginnings, one, dtype=dtype, weight_precision=precision)]
+    assert sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted) >= least
+
+
+def test_int8_answers_do_not_depend_on_company():
+    settings = {"dtype": "bfloat16", "weight_precision": "int8"}
+    together = generate(PROMPTS, **settings)
+    assert generate(PROMPTS[:1], **settings)[0].token_ids == together[0].token_ids
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_dtypes_that_no_quantized_product_takes(dtype):
+    with pytest.raises(ConfigError, match="goes with dtype") as caught:
+        load(EngineConfig(dtype=dtype, weight_precision="int8"))
+    assert caught.value.field == "weight_precision"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the message is for a GPU")
+def test_devices_that_have_no_such_product():
+    with pytest.raises(ConfigError, match="for processors"):
+        load(EngineConfig(device="cuda", weight_precision="int8"))
