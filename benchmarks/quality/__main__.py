@@ -1,0 +1,121 @@
+"""`python -m benchmarks.quality`: perplexity and greedy agreement of each weight precision, against float32.
+
+Agreement is the share of positions of the text at which both would choose the same next token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from apt_core.checkpoint import Checkpoint, load_into, open_checkpoint
+from apt_core.metadata import AttentionMetadata
+from apt_core.models.decoder import DecoderForCausalLM, fuse_projections, pack_linears
+from apt_core.quantization import WeightPrecision
+from apt_core.registry import build_model
+from apt_kernels import ops
+from apt_serve.engine.config import EMBEDDED_MODEL
+from benchmarks.machine import describe
+from benchmarks.quality.text import shakespeare
+from benchmarks.table import print_table
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A type of activations and a precision of weights."""
+
+    dtype: torch.dtype
+    precision: WeightPrecision
+
+    @property
+    def name(self) -> str:
+        """Such as int8 / bfloat16."""
+        return f"{self.precision} / {str(self.dtype).removeprefix('torch.')}"
+
+
+VARIANTS = (
+    Variant(torch.float32, "float32"),
+    Variant(torch.bfloat16, "bfloat16"),
+    Variant(torch.float32, "int8"),
+    Variant(torch.bfloat16, "int8"),
+    Variant(torch.float32, "int4"),
+    Variant(torch.bfloat16, "int4"),
+)
+"""The first is what the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one variant made of the text."""
+
+    loss: float
+    """Mean negative log-likelihood of the next token."""
+    choices: torch.Tensor
+    """[positions] the most likely next tokens."""
+
+
+def main() -> None:
+    """Print one row per variant."""
+    args = _parse()
+    if args.threads:
+        ops.set_num_threads(args.threads)
+    checkpoint = open_checkpoint(args.source)
+    text = Path(args.text).read_text(encoding="utf-8") if args.text else shakespeare()
+    windows = _windows(checkpoint, text, args.windows, args.length)
+    print(describe())
+    print(f"text      {args.text or 'King Lear'}, {len(windows)} windows of {args.length} tokens")
+    measured = [measure(_load(checkpoint, variant), windows) for variant in VARIANTS]
+    exact = measured[0]
+    rows = []
+    for variant, result in zip(VARIANTS, measured, strict=True):
+        ratio = math.exp(result.loss - exact.loss) - 1
+        agreement = (result.choices == exact.choices).double().mean().item()
+        rows.append([variant.name, f"{math.exp(result.loss):.3f}", f"{ratio:+.2%}", f"{agreement:.1%}"])
+    print_table(["weights / activations", "perplexity", "over float32", "greedy agreement"], rows)
+
+
+@torch.inference_mode()
+def measure(model: DecoderForCausalLM, windows: list[torch.Tensor]) -> Measured:
+    """Loss and choices over windows of token ids, each a sequence of its own."""
+    losses, choices = [], []
+    for ids in windows:
+        metadata = AttentionMetadata.for_full_sequences([len(ids)])
+        hidden = model(model.embed(ids), torch.arange(len(ids)), metadata)
+        logits = model.logits(hidden[:-1]).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:]).item())
+        choices.append(logits.argmax(-1))
+    return Measured(sum(losses) / len(losses), torch.cat(choices))
+
+
+def _windows(checkpoint: Checkpoint, text: str, count: int, length: int) -> list[torch.Tensor]:
+    ids = torch.tensor(checkpoint.tokenizer.encode(text[: 8 * count * length]))
+    if len(ids) < length:
+        raise SystemExit(f"the text has {len(ids)} tokens; a window has {length}")
+    return list(ids[: len(ids) // length * length].view(-1, length)[:count])
+
+
+def _load(checkpoint: Checkpoint, variant: Variant) -> DecoderForCausalLM:
+    model = build_model(checkpoint.config)
+    load_into(model, checkpoint, dtype=variant.dtype, device=torch.device("cpu"))
+    model.eval().requires_grad_(False)
+    fuse_projections(model)
+    pack_linears(model, variant.precision)
+    return model
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--source", default=EMBEDDED_MODEL)
+    parser.add_argument("--text", help="a text file; without one King Lear is downloaded")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=0, help="0 takes all")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
