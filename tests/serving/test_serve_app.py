@@ -23,7 +23,14 @@ from tests.apt_serve.api.conftest import Endpoint
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-CONTRACT = ("test_openai_client.py", "test_bad_requests.py", "test_completions.py", "test_chat.py", "test_openapi.py")
+CONTRACT = (
+    "test_openai_client.py",
+    "test_bad_requests.py",
+    "test_completions.py",
+    "test_chat.py",
+    "test_simple.py",
+    "test_websocket.py",
+)
 LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
 
 
