@@ -1,0 +1,1 @@
+"""Single ops against what the machine can do, and against their peers."""
