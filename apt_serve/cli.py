@@ -188,7 +188,8 @@ def greeting(config: ServerConfig, http: HttpOptions, seconds: float) -> str:
     """What a started server says: where it is and what to try."""
     body = {
         "model": config.model.served_name,
-        "messages": [{"role": "user", "content": "Name three rivers."}],
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
         "stream": True,
     }
     return "\n".join(
