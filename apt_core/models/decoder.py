@@ -263,23 +263,29 @@ def fuse_projections(model: DecoderForCausalLM) -> None:
             module.fuse()
 
 
-def pack_linears(model: DecoderForCausalLM, precision: WeightPrecision | None = None) -> None:
+def pack_linears(
+    model: DecoderForCausalLM,
+    precision: WeightPrecision | None = None,
+    head_precision: WeightPrecision | None = None,
+) -> None:
     """Post-load transform for processors: weights into a packed layout, the tied output head included.
 
-    A tied head gets a packed copy: the embedding needs plain rows. Logits are float32 wherever the format can. With
-    int4 the head is int8, because 4 bits in the head alone cost about 5 % of perplexity.
+    A tied head gets a packed copy: the embedding needs plain rows. Logits are float32 wherever the format can.
 
     Args:
         precision: of the packed weights; None keeps their own.
+        head_precision: of the output head; None takes precision, but int8 with int4, because 4 bits in the head alone
+            cost about 5 % of perplexity.
     """
-    head_precision: WeightPrecision | None = "int8" if precision == "int4" else precision
+    if head_precision is None:
+        head_precision = "int8" if precision == "int4" else precision
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and (precision is not None or ops.can_pack(child.weight)):
-                wanted = head_precision if child is model.lm_head else precision
+            wanted = head_precision if child is model.lm_head else precision
+            if isinstance(child, nn.Linear) and (wanted is not None or ops.can_pack(child.weight)):
                 setattr(parent, name, _packed(child.weight, child.bias, wanted))
     embedding = model.model.embed_tokens.weight
-    if model.lm_head is None and (precision is not None or ops.can_pack(embedding)):
+    if model.lm_head is None and (head_precision is not None or ops.can_pack(embedding)):
         model.lm_head = _packed(embedding, None, head_precision)
     if isinstance(model.lm_head, PackedLinear):
         model.lm_head.out_dtype = torch.float32

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -55,7 +55,8 @@ def load(config: EngineConfig) -> LoadedModel:
     if device.type == "cpu":
         native.log_state()
     dtype = _dtype(config, checkpoint.config, device)
-    precision = _weight_precision(config, dtype, device)
+    precision = _weight_precision(config, "weight_precision", dtype, device)
+    head_precision = _weight_precision(config, "lm_head_precision", dtype, device)
     max_model_len = _max_model_len(config, checkpoint.config)
     num_blocks = _num_kv_blocks(config, checkpoint.config, dtype, max_model_len)
 
@@ -63,7 +64,7 @@ def load(config: EngineConfig) -> LoadedModel:
     load_into(model, checkpoint, dtype=dtype, device=device)
     model.eval().requires_grad_(False)
     fuse_projections(model)
-    pack_linears(model, precision)
+    pack_linears(model, precision, head_precision)
     link_layers(model)
     kv_cache = allocate_kv_cache(
         checkpoint.config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device
@@ -109,16 +110,21 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> to
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _weight_precision(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> WeightPrecision | None:
-    """None: as dtype."""
-    if config.weight_precision == "auto":
+def _weight_precision(
+    config: EngineConfig,
+    field: Literal["weight_precision", "lm_head_precision"],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> WeightPrecision | None:
+    """What one of the two settings asks for; None: auto."""
+    precision = config.weight_precision if field == "weight_precision" else config.lm_head_precision
+    if precision == "auto":
         return None
     if device.type != "cpu":
-        raise ConfigError(f"{config.weight_precision} is for processors; this is {device}", field="weight_precision")
+        raise ConfigError(f"{precision} is for processors; this is {device}", field=field)
     if dtype not in (torch.float32, torch.bfloat16):
-        problem = f"{config.weight_precision} goes with dtype float32 or bfloat16, not {config.dtype}"
-        raise ConfigError(problem, field="weight_precision")
-    return config.weight_precision
+        raise ConfigError(f"{precision} goes with dtype float32 or bfloat16, not {config.dtype}", field=field)
+    return precision
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

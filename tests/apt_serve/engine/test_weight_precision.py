@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from apt_core.config import parse
 from apt_core.errors import ConfigError
 from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
 from apt_serve.engine.load import load
@@ -50,11 +51,39 @@ def test_int8_answers_do_not_depend_on_company():
     assert generate(PROMPTS[:1], **settings)[0].token_ids == together[0].token_ids
 
 
+@pytest.mark.parametrize("setting", ["weight_precision", "lm_head_precision"])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_dtypes_that_no_quantized_product_takes(dtype):
+def test_dtypes_that_no_quantized_product_takes(dtype, setting):
     with pytest.raises(ConfigError, match="goes with dtype") as caught:
-        load(EngineConfig(dtype=dtype, weight_precision="int8"))
-    assert caught.value.field == "weight_precision"
+        load(EngineConfig(dtype=dtype, **{setting: "int8"}))
+    assert caught.value.field == setting
+
+
+@pytest.mark.parametrize("setting", ["weight_precision", "lm_head_precision"])
+def test_a_precision_there_is_not_is_refused(setting):
+    with pytest.raises(ConfigError, match="'bfloat16', 'int8' or 'int4'") as caught:
+        parse(EngineConfig, {setting: "int3"}, where="model")
+    assert caught.value.field == f"model.{setting}"
+
+
+def test_the_head_has_a_precision_of_its_own():
+    """Log-probabilities of the prompts' tokens move a little with an int8 head and more with an int4 one."""
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+
+    def logprobs(**settings):
+        results = generate(PROMPTS, params, dtype="bfloat16", **settings)
+        return torch.tensor([entry.chosen.logprob for result in results for entry in result.prompt_logprobs if entry])
+
+    plain = logprobs()
+    assert torch.equal(logprobs(lm_head_precision="bfloat16"), plain)
+    int8, int4 = ((logprobs(lm_head_precision=wanted) - plain).abs().mean() for wanted in ("int8", "int4"))
+    assert 0 < int8 < int4 < 0.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the message is for a GPU")
+def test_devices_that_have_no_packed_head():
+    with pytest.raises(ConfigError, match="for processors"):
+        load(EngineConfig(device="cuda", lm_head_precision="int8"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the message is for a GPU")
