@@ -38,7 +38,8 @@ class EngineConfig:
     head alone cost about 5 % of perplexity."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = None
-    """Threads of one step on a processor; None takes every core this process may use."""
+    """Threads of one step on a processor; None takes one per physical core this process may use, within its cgroup's
+    quota."""
     max_model_len: int | None = None
     """Most tokens of prompt and output together; None takes the model's own limit."""
     max_num_seqs: int = 64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from apt_kernels import ops
 from apt_kernels.cpu import native
 from apt_serve.engine.client import ModelInfo
 from apt_serve.engine.config import EngineConfig
+from apt_serve.engine.cpus import step_threads
 from apt_serve.engine.executor import Executor
 from apt_serve.engine.model_runner import ModelRunner
 
@@ -49,7 +49,7 @@ def load(config: EngineConfig) -> LoadedModel:
         ConfigError: a setting that does not go with the checkpoint or the machine.
     """
     started = time.perf_counter()
-    ops.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    ops.set_num_threads(step_threads(config.num_threads))
     checkpoint = open_checkpoint(config.source, tokenizer=config.tokenizer)
     device = _device(config)
     if device.type == "cpu":
