@@ -36,8 +36,8 @@ class Timings:
 
     @property
     def gaps_s(self) -> list[float]:
-        """All times between two tokens of a stream, sorted."""
-        return sorted(b - a for times in self.streams for a, b in itertools.pairwise(times))
+        """All times between two tokens of a stream."""
+        return [b - a for times in self.streams for a, b in itertools.pairwise(times)]
 
     @property
     def tokens_per_s(self) -> float:
@@ -57,9 +57,16 @@ LATENCY_HEADS = ("TTFT ms", "ITL p50/p99 ms")
 
 def latency_cells(rounds: Sequence[Timings]) -> tuple[str, str]:
     """Cells under LATENCY_HEADS: medians and percentiles over all rounds."""
-    gaps = sorted(gap for timings in rounds for gap in timings.gaps_s)
     ttft = median(timings.ttft_s for timings in rounds)
-    return f"{ttft * 1e3:.0f}", f"{percentile(gaps, 0.5) * 1e3:.1f}/{percentile(gaps, 0.99) * 1e3:.1f}"
+    return f"{ttft * 1e3:.0f}", percentiles_ms([gap for timings in rounds for gap in timings.gaps_s])
+
+
+def percentiles_ms(seconds: list[float]) -> str:
+    """p50/p99 in milliseconds; - where nothing was measured."""
+    if not seconds:
+        return "-"
+    ordered = sorted(seconds)
+    return f"{percentile(ordered, 0.5) * 1e3:.1f}/{percentile(ordered, 0.99) * 1e3:.1f}"
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -1,25 +1,28 @@
-"""`python -m benchmarks.serve`: tokens/s, TTFT and inter-token latency over HTTP, as ratios of the offline engine's."""
+"""`python -m benchmarks.serve`: tokens/s and latencies over HTTP, beside the offline engine's.
+
+`health` is how long GET /health takes while the streams run: whether the event loop still answers beside the engine.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from contextlib import ExitStack
+import itertools
 from statistics import median
 
 import torch
 
 from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
 from apt_serve.engine.engine import Engine
-from benchmarks.engine.offline import LATENCY_HEADS, Timings, Workload, latency_cells, run_offline
+from benchmarks.engine.offline import LATENCY_HEADS, Timings, Workload, latency_cells, percentiles_ms, run_offline
 from benchmarks.machine import describe
-from benchmarks.serve.client import run_http
-from benchmarks.serve.launch import server
+from benchmarks.serve.client import HttpTimings, run_http
+from benchmarks.serve.launch import RUNNERS, server
 from benchmarks.table import print_table
 
 
 def main() -> None:
-    """Run every workload offline and through each runner, in interleaved rounds, and print the medians."""
+    """Run every workload offline and through each runner, in turn, and print the medians."""
     args = _parse()
     config = EngineConfig(source=args.source, dtype=args.dtype, num_threads=args.threads)
     engine = Engine(config)
@@ -29,27 +32,28 @@ def main() -> None:
     if args.threads:
         flags.append(f"--model.num_threads={args.threads}")
     found: dict[str, list[list[Timings]]] = {}
+    seeds = itertools.count(1)
 
-    def measure(name: str, url: str | None, number: int) -> None:
+    def measure(name: str, url: str | None) -> None:
         results = found.setdefault(name, [[] for _ in workloads])
         for i, workload in enumerate(workloads):
-            seed = 1 + number * 1000 + i * 10 + list(found).index(name)  # never a prompt that a cache may know
+            seed = next(seeds)  # never a prompt that a cache may know
             if url is None:
                 timings = run_offline(engine, workload, seed)
             else:
                 timings = asyncio.run(run_http(url, model, vocab_size, workload, seed))
             results[i].append(timings)
 
-    with ExitStack() as servers:
-        urls = {runner: servers.enter_context(server(runner, flags)) for runner in args.runners}
-        warm_up = Workload(2, 16, 4)
-        run_offline(engine, warm_up, seed=0)
-        for url in urls.values():
+    warm_up = Workload(2, 16, 4)
+    run_offline(engine, warm_up, seed=0)
+    for runner in args.runners:
+        # Without a server beside it: Ray's processes take a tenth of a core even when nobody asks for anything.
+        for _ in range(args.rounds):
+            measure("offline", None)
+        with server(runner, flags) as url:
             asyncio.run(run_http(url, model, vocab_size, warm_up, seed=0))
-        for number in range(args.rounds):
-            measure("offline", None, number)
-            for runner, url in urls.items():
-                measure(runner, url, number)
+            for _ in range(args.rounds):
+                measure(runner, url)
     print(describe())
     print(f"model     {model}, {args.dtype}, {torch.get_num_threads()} threads")
     print(f"shapes    prompt {args.prompt_len}, output {args.output_len}, {args.rounds} rounds, medians")
@@ -70,10 +74,12 @@ def _print_table(workloads: list[Workload], found: dict[str, list[list[Timings]]
                     f"{rates[i] / offline[i]:.0%}",
                     f"{rates[i] / rates[0]:.1f}x",
                     *latency_cells(timings),
+                    percentiles_ms([s for t in timings if isinstance(t, HttpTimings) for s in t.health_s]),
                 )
             )
     print()
-    print_table(("", "streams", "tok/s", "of offline", "to first row", *LATENCY_HEADS), rows)
+    heads = ("", "streams", "tok/s", "of offline", "to first row", *LATENCY_HEADS, "health p50/p99 ms")
+    print_table(heads, rows)
 
 
 def _parse() -> argparse.Namespace:
@@ -81,7 +87,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--source", default=EMBEDDED_MODEL)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--runners", nargs="+", default=["uvicorn", "ray"], choices=["uvicorn", "ray"])
+    parser.add_argument("--runners", nargs="+", default=["uvicorn", "ray"], choices=[*RUNNERS])
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)

@@ -1,17 +1,29 @@
-"""A streaming client that notes when each token arrives."""
+"""A streaming client that notes when each token arrives, and how soon the server answers something small meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
+from dataclasses import dataclass, field
 
 import aiohttp
 
 from benchmarks.engine.offline import Timings, Workload, random_prompts
 
+PROBE_INTERVAL_S = 0.1
+"""Seldom enough not to cost the streams anything."""
 
-async def run_http(base_url: str, model: str, vocab_size: int, workload: Workload, seed: int) -> Timings:
+
+@dataclass(slots=True)
+class HttpTimings(Timings):
+    """With what a client that only asks for /health saw."""
+
+    health_s: list[float] = field(default_factory=list)
+    """Times to a whole answer while the streams ran, in seconds."""
+
+
+async def run_http(base_url: str, model: str, vocab_size: int, workload: Workload, seed: int) -> HttpTimings:
     """Run a workload over /v1/completions with server-sent events, one connection a stream.
 
     Raises:
@@ -32,8 +44,25 @@ async def run_http(base_url: str, model: str, vocab_size: int, workload: Workloa
             }
             for prompt in random_prompts(workload, vocab_size, seed)
         ]
+        health_s: list[float] = []
+        probe = asyncio.create_task(_probe(session, health_s))
         started = time.perf_counter()
-        return Timings(list(await asyncio.gather(*(_stream(session, body, started) for body in bodies))))
+        try:
+            streams = list(await asyncio.gather(*(_stream(session, body, started) for body in bodies)))
+        finally:
+            probe.cancel()
+            await asyncio.wait([probe])
+        return HttpTimings(streams, health_s)
+
+
+async def _probe(session: aiohttp.ClientSession, health_s: list[float]) -> None:
+    """Ask for /health again and again, and note how long each answer took."""
+    while True:
+        await asyncio.sleep(PROBE_INTERVAL_S)
+        asked = time.perf_counter()
+        async with session.get("/health") as response:
+            await response.read()
+        health_s.append(time.perf_counter() - asked)
 
 
 async def _stream(session: aiohttp.ClientSession, body: dict[str, object], started: float) -> list[float]:

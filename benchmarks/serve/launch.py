@@ -10,8 +10,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from tempfile import TemporaryFile
 
 from benchmarks.machine import ROOT
@@ -19,6 +20,31 @@ from benchmarks.machine import ROOT
 START_TIMEOUT_S = 180
 STOP_TIMEOUT_S = 60
 ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One way to run the server."""
+
+    flag: str
+    """Of `apt-serve start --runner`."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    listens_everywhere: bool = False
+    """Whether some of its ports are open on every address of the machine, whatever --host says."""
+
+
+RUNNERS = {
+    "uvicorn": Runner("uvicorn"),
+    "ray": Runner("ray"),
+    # HAProxy comes with ray[serve]. Its pages of statistics and metrics listen on 0.0.0.0, and no setting changes that.
+    # A replica drains for 30 s behind it, for load balancers elsewhere; Ray then gives up and leaves HAProxy running.
+    "haproxy": Runner(
+        "ray",
+        {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"},
+        listens_everywhere=True,
+    ),
+}
+NAMESPACE = "unshare -rnpf --mount-proc --kill-child sh -c 'ip link set lo up && exec \"$@\"' - COMMAND"
 
 
 def free_port() -> int:
@@ -30,10 +56,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: list[str], environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process in the repository's root, ended with SIGTERM. Its output is shown only if something goes wrong."""
+    environment = os.environ | ENVIRONMENT | (environment or {})
     with TemporaryFile() as output:
-        environment = os.environ | ENVIRONMENT
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             yield process
@@ -50,14 +76,32 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 def server(runner: str, arguments: Sequence[str]) -> Iterator[str]:
     """Run `apt-serve start` with these arguments and yield its base URL once it is ready.
 
+    Args:
+        runner: one of RUNNERS.
+        arguments: flags of `apt-serve start`.
+
     Raises:
-        RuntimeError: it did not become ready.
+        RuntimeError: it did not become ready, or it would be open to other machines.
     """
-    port = free_port()
-    command = [sys.executable, "-m", "apt_serve", "start", f"--port={port}", f"--runner={runner}", *arguments]
-    with running(command) as process:
+    how, port = RUNNERS[runner], free_port()
+    if how.listens_everywhere:
+        require_loopback_only(runner, [name for _, name in socket.if_nameindex()])
+    command = [sys.executable, "-m", "apt_serve", "start", f"--port={port}", f"--runner={how.flag}", *arguments]
+    with running(command, how.environment) as process:
         _wait_ready(f"http://127.0.0.1:{port}", process)
         yield f"http://127.0.0.1:{port}"
+
+
+def require_loopback_only(runner: str, interfaces: Sequence[str]) -> None:
+    """Refuse to open ports to a network.
+
+    Raises:
+        RuntimeError: one of these interfaces of the machine is not the loopback one.
+    """
+    others = [name for name in interfaces if name != "lo"]
+    if others:
+        reason = f"{runner} listens on all addresses, and there is {', '.join(others)}"
+        raise RuntimeError(f"{reason}; run it in a network namespace of its own: {NAMESPACE}")
 
 
 def _wait_ready(base_url: str, process: subprocess.Popen[bytes]) -> None:
