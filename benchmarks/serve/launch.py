@@ -58,9 +58,14 @@ def free_port() -> int:
 @contextmanager
 def running(command: list[str], environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process in the repository's root, ended with SIGTERM. Its output is shown only if something goes wrong."""
-    environment = os.environ | ENVIRONMENT | (environment or {})
     with TemporaryFile() as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
         try:
             yield process
         except BaseException:
