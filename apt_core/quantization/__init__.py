@@ -10,8 +10,10 @@ from apt_core.quantization.int4 import quantize_int4
 from apt_core.quantization.int8 import quantize_int8
 from apt_kernels import ops
 
-__all__ = ["WeightPrecision", "pack_weight", "quantize_int4", "quantize_int8"]
+__all__ = ["QUANTIZATION_VERSION", "WeightPrecision", "pack_weight", "quantize_int4", "quantize_int8"]
 
+QUANTIZATION_VERSION = 1
+"""Raised whenever the same weights would get other values in int8 or int4: packed weights are kept on disk."""
 WeightPrecision: TypeAlias = Literal["float32", "bfloat16", "int8", "int4"]
 
 

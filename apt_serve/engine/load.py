@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from apt_core.checkpoint import Checkpoint, load_into, open_checkpoint
+from apt_core.checkpoint import Checkpoint, PackedCache, load_into, open_checkpoint
 from apt_core.errors import ConfigError
 from apt_core.kv_cache import allocate_kv_cache, kv_bytes_per_token
 from apt_core.model_config import GenerationConfig, ModelConfig
@@ -60,11 +60,18 @@ def load(config: EngineConfig) -> LoadedModel:
     max_model_len = _max_model_len(config, checkpoint.config)
     num_blocks = _num_kv_blocks(config, checkpoint.config, dtype, max_model_len)
 
-    model = build_model(checkpoint.config)
-    load_into(model, checkpoint, dtype=dtype, device=device)
-    model.eval().requires_grad_(False)
-    fuse_projections(model)
-    pack_linears(model, precision, head_precision)
+    cache = None
+    if device.type == "cpu" and native.is_enabled():
+        cache = PackedCache(checkpoint, dtype=dtype, precision=precision, head_precision=head_precision)
+    model = cache.read() if cache is not None else None
+    if model is None:
+        model = build_model(checkpoint.config)
+        load_into(model, checkpoint, dtype=dtype, device=device)
+        model.eval().requires_grad_(False)
+        fuse_projections(model)
+        pack_linears(model, precision, head_precision)
+        if cache is not None:
+            cache.write(model)
     link_layers(model)
     kv_cache = allocate_kv_cache(
         checkpoint.config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device

@@ -13,10 +13,19 @@ from apt_kernels.cpu import attention as cpu_attention
 from apt_kernels.cpu import linear as cpu_linear
 from apt_kernels.cpu import native
 from apt_kernels.cpu.decoder import DecoderLayers, LayerWeights, Projection, can_run_layers
-from apt_kernels.cpu.linear import PackedWeight, can_pack
+from apt_kernels.cpu.linear import (
+    PACKED_LAYOUT_VERSION,
+    PORTABLE_FORMATS,
+    QUANTIZED_FORMATS,
+    PackedWeight,
+    can_pack,
+)
 from apt_kernels.reference import apply_rope, store_kv
 
 __all__ = [
+    "PACKED_LAYOUT_VERSION",
+    "PORTABLE_FORMATS",
+    "QUANTIZED_FORMATS",
     "DecoderLayers",
     "LayerWeights",
     "PackedWeight",

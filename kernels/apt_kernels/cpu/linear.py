@@ -130,6 +130,13 @@ class Int4Weight:
         return out
 
 
+PACKED_LAYOUT_VERSION = 1
+"""Raised whenever packing the same values would give other bytes in one of PORTABLE_FORMATS."""
+PORTABLE_FORMATS = (Bf16Weight, Int8Weight, Int4Weight)
+"""Formats of the C++ ops: the same bytes for every instruction set. oneDNN's layout is its own affair."""
+QUANTIZED_FORMATS = (Int8Weight, Int4Weight)
+
+
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether this weight has a packed layout on this machine."""
     if weight.device.type != "cpu":

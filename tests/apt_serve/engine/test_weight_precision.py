@@ -5,6 +5,8 @@ import torch
 
 from apt_core.config import parse
 from apt_core.errors import ConfigError
+from apt_kernels.cpu import native
+from apt_serve.engine import load as load_module
 from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
 from apt_serve.engine.load import load
 from apt_serve.engine.sampling_params import SamplingParams
@@ -49,6 +51,18 @@ def test_int8_answers_do_not_depend_on_company():
     settings = {"dtype": "bfloat16", "weight_precision": "int8"}
     together = generate(PROMPTS, **settings)
     assert generate(PROMPTS[:1], **settings)[0].token_ids == together[0].token_ids
+
+
+@pytest.mark.skipif(not native.is_enabled(), reason="the C++ ops are off")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_second_start_takes_the_packed_weights_from_the_cache_and_answers_alike(precision, monkeypatch, tmp_path):
+    monkeypatch.setenv("APT_CACHE", str(tmp_path))
+    settings = {"dtype": "bfloat16", "weight_precision": precision}
+    first = generate(PROMPTS, **settings)
+    monkeypatch.setattr(load_module, "pack_linears", lambda *_: pytest.fail("packed again"))
+    second = generate(PROMPTS, **settings)
+    assert [result.token_ids for result in second] == [result.token_ids for result in first]
+    assert len(list((tmp_path / "packed").iterdir())) == 1
 
 
 @pytest.mark.parametrize("setting", ["weight_precision", "lm_head_precision"])
