@@ -12,12 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from apt_kernels import ops
 from apt_serve.engine.client import Logprob, TokenLogprobs
 from apt_serve.engine.logits_steps import LogitBias, LogitsStep, MinTokens, Penalties
 from apt_serve.engine.step import AddedSequence
-
-NUM_CANDIDATES = 256
-"""Rows with top_k, top_p or min_p look at this many best tokens first; only a row that needs more is sorted whole."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -88,100 +86,21 @@ class Sampler:
 
     def _choose(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
         """[R] token ids."""
-        random_rows = np.flatnonzero(self._temperature[slots] > 0)
-        if len(random_rows) == 0:
-            return logits.argmax(-1)
-        token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
-        greedy_rows = np.flatnonzero(self._temperature[slots] == 0)
-        if len(greedy_rows):
-            token_ids[greedy_rows] = logits[greedy_rows].argmax(-1)
-        chosen = slots[random_rows]
-        filters = Filters(
-            top_k=torch.from_numpy(self._top_k[chosen]),
-            top_p=torch.from_numpy(self._top_p[chosen]),
-            min_p=torch.from_numpy(self._min_p[chosen]),
+        temperature = self._temperature[slots]
+        if not temperature.any():
+            return ops.argmax(logits)
+        return ops.sample(
+            logits,
+            temperature=_on(logits, temperature),
+            top_k=_on(logits, self._top_k[slots]),
+            top_p=_on(logits, self._top_p[slots]),
+            min_p=_on(logits, self._min_p[slots]),
+            uniform=_on(logits, uniform_at(self._seed[slots], positions)),
         )
-        temperature = torch.from_numpy(self._temperature[chosen]).unsqueeze(1).to(logits.device)
-        uniform = torch.from_numpy(uniform_at(self._seed[chosen], positions[random_rows]))
-        probs = torch.softmax(logits[random_rows] / temperature, -1)
-        token_ids[random_rows] = draw(probs, filters, uniform)
-        return token_ids
 
 
-@dataclass(frozen=True, slots=True)
-class Filters:
-    """Which tokens of each row stay in the draw: min_p, then top_k, then top_p, as in vLLM."""
-
-    top_k: torch.Tensor
-    """[R] int64; 0 keeps all."""
-    top_p: torch.Tensor
-    """[R]."""
-    min_p: torch.Tensor
-    """[R]."""
-
-    def rows(self, index: torch.Tensor) -> Filters:
-        """The filters of some rows."""
-        return Filters(self.top_k[index], self.top_p[index], self.min_p[index])
-
-    @property
-    def is_active(self) -> torch.Tensor:
-        """[R] bool: the row filters at all."""
-        return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
-
-
-def draw(probs: torch.Tensor, filters: Filters, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw one token a row from the filtered distribution by inverting its cumulative sum.
-
-    Args:
-        probs: [R, V], rows sum to 1.
-        filters: of the R rows.
-        uniform: [R] float64 in [0, 1).
-
-    Returns:
-        [R] int64.
-    """
-    out = torch.empty(probs.shape[0], dtype=torch.int64, device=probs.device)
-    filters = Filters(*(x.to(probs.device) for x in (filters.top_k, filters.top_p, filters.min_p)))
-    uniform = uniform.to(probs.device)
-    is_active = filters.is_active
-    plain = (~is_active).nonzero().squeeze(1)
-    if len(plain):
-        out[plain] = _invert(probs[plain], uniform[plain])
-    todo = is_active.nonzero().squeeze(1)
-    num_candidates = min(max(NUM_CANDIDATES, int(filters.top_k.max())), probs.shape[1])
-    while len(todo):
-        drawn, is_certain = _draw_filtered(probs[todo], filters.rows(todo), uniform[todo], num_candidates)
-        out[todo[is_certain]] = drawn[is_certain]
-        todo = todo[~is_certain]
-        num_candidates = probs.shape[1]
-    return out
-
-
-def _draw_filtered(
-    probs: torch.Tensor, filters: Filters, uniform: torch.Tensor, num_candidates: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw among the best num_candidates tokens: (token ids [R], whether the filters keep none beyond them [R])."""
-    best, ids = probs.topk(num_candidates, dim=-1)
-    best = best.double()
-    rank = torch.arange(num_candidates, device=probs.device)
-    limit = torch.where(filters.top_k > 0, filters.top_k, probs.shape[1]).unsqueeze(1)
-    kept = (best >= filters.min_p.unsqueeze(1) * best[:, :1]) & (rank < limit)
-    # The mass that top_p is a share of is known if min_p or top_k cut here, or if nothing but top_p filters.
-    is_cut = ~kept[:, -1] | (limit.squeeze(1) <= num_candidates) | (num_candidates == probs.shape[1])
-    mass = torch.where(is_cut, (best * kept).sum(-1), 1.0)
-    before = best.cumsum(-1) - best
-    in_nucleus = (before < (filters.top_p.double() * mass).unsqueeze(1)) | (rank == 0)
-    is_certain = is_cut | (~in_nucleus[:, -1] & (filters.min_p == 0))
-    position = _invert(best * (kept & in_nucleus), uniform)
-    return ids.gather(1, position.unsqueeze(1)).squeeze(1), is_certain
-
-
-def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """[R, n] non-negative weights, [R] uniform numbers -> [R] index of the weight each number falls on."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    target = uniform * cumulative[:, -1]
-    index = torch.searchsorted(cumulative, target.unsqueeze(1), right=True).squeeze(1)
-    return index.clamp_(max=weights.shape[1] - 1)
+def _on(logits: torch.Tensor, array: npt.NDArray[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(array).to(logits.device)
 
 
 def uniform_at(seeds: npt.NDArray[np.uint64], positions: IntArray) -> npt.NDArray[np.float64]:
@@ -208,9 +127,7 @@ def gather_logprobs(
         token_ids: [R].
         num_top: most alternatives any row wants. wanted: [R] how many each wants.
     """
-    logprobs = torch.log_softmax(logits, -1)
-    chosen = logprobs.gather(1, token_ids.to(logits.device).unsqueeze(1)).squeeze(1).tolist()
-    values, ids = (x.tolist() for x in logprobs.topk(num_top, dim=-1)) if num_top else ([[]] * len(wanted),) * 2
+    chosen, values, ids = (x.tolist() for x in ops.top_logprobs(logits, token_ids.to(logits.device), num_top))
     return [
         TokenLogprobs(
             chosen=Logprob(token_id, logprob),

@@ -31,6 +31,7 @@ __all__ = [
     "PackedWeight",
     "Projection",
     "apply_rope",
+    "argmax",
     "can_pack",
     "can_run_layers",
     "fused_add_rms_norm",
@@ -41,9 +42,11 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rope_and_store_kv",
+    "sample",
     "set_num_threads",
     "silu_and_mul",
     "store_kv",
+    "top_logprobs",
     "varlen_attention",
 ]
 
@@ -184,6 +187,70 @@ def varlen_attention(
     return reference.varlen_attention(query, key, value, cu_seqlens, scale, window)
 
 
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The first of each row's largest logits, [R, V] -> [R] int64; see `reference.argmax`.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    _check_logits(logits)
+    if _is_native(logits):
+        out: torch.Tensor = torch.ops.apt_cpu.argmax(logits)
+        return out
+    return reference.argmax(logits)
+
+
+def sample(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """Draw one token a row from the filtered distribution, [R, V] -> [R] int64; see `reference.sample`.
+
+    A row depends on its own logits, parameters and number only, bit for bit.
+
+    Args:
+        temperature: [R] float32, 0 takes the argmax.
+        top_k: [R] int64, 0 keeps all.
+        top_p, min_p: [R] float32, 1 and 0 keep all.
+        uniform: [R] float64 in [0, 1).
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together; names the argument.
+    """
+    _check_logits(logits)
+    _check_per_row(temperature, "temperature", torch.float32, logits)
+    _check_per_row(top_k, "top_k", torch.int64, logits)
+    _check_per_row(top_p, "top_p", torch.float32, logits)
+    _check_per_row(min_p, "min_p", torch.float32, logits)
+    _check_per_row(uniform, "uniform", torch.float64, logits)
+    if _is_native(logits):
+        out: torch.Tensor = torch.ops.apt_cpu.sample(logits, temperature, top_k, top_p, min_p, uniform)
+        return out
+    return reference.sample(logits, temperature, top_k, top_p, min_p, uniform)
+
+
+def top_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities of given tokens and of the num_top most likely ones; see `reference.top_logprobs`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together; names the argument.
+    """
+    _check_logits(logits)
+    _check_per_row(token_ids, "token_ids", torch.int64, logits)
+    _require(0 <= num_top <= logits.shape[1], "num_top", f"must be at most {logits.shape[1]}, got {num_top}")
+    if _is_native(logits):
+        chosen, best, ids = torch.ops.apt_cpu.top_logprobs(logits, token_ids, num_top)
+        return chosen, best, ids
+    return reference.top_logprobs(logits, token_ids, num_top)
+
+
 def _is_native(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the C++ ops serve: plain tensors of a dtype they know, and no gradient wanted."""
     if not native.is_enabled() or x.device.type != "cpu" or x.dtype not in NATIVE_DTYPES or type(x) is not torch.Tensor:
@@ -259,6 +326,16 @@ def _check_heads(query: torch.Tensor, num_kv_heads: int, name: str) -> None:
     _require(query.dim() == 3, "query", f"must be [T, H, D], got {tuple(query.shape)}")
     fits = query.shape[1] % num_kv_heads == 0
     _require(fits, name, f"has {num_kv_heads} heads, which do not divide the {query.shape[1]} of query")
+
+
+def _check_logits(logits: torch.Tensor) -> None:
+    fits = logits.dim() == 2 and logits.shape[1] > 0
+    _require(fits, "logits", f"must be [R, V], got {tuple(logits.shape)}")
+
+
+def _check_per_row(x: torch.Tensor, name: str, dtype: torch.dtype, logits: torch.Tensor) -> None:
+    fits = x.shape == logits.shape[:1] and x.dtype == dtype and x.device == logits.device
+    _require(fits, name, f"must be {dtype} [{logits.shape[0]}] on {logits.device}")
 
 
 def _require(ok: bool, name: str, problem: str) -> None:

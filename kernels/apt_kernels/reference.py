@@ -174,6 +174,77 @@ def int4_linear(
     return (out if bias is None else out + bias).to(out_dtype)
 
 
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """[R, V] -> [R] int64: the first of the largest logits; NaN is larger than everything else."""
+    return logits.argmax(-1)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    uniform: torch.Tensor,
+) -> torch.Tensor:
+    """Draw one token a row from softmax(logits / temperature), less what min_p, then top_k, then top_p leave out.
+
+    The best tokens are kept: those with the largest logits, of equal ones those with the lower ids. min_p keeps what is
+    at least this likely relative to the best token (arXiv 2407.01082), top_k so many, and top_p the fewest that have
+    this share of the probability that the other two left (nucleus, arXiv 1904.09751); one token always stays. Drawn is
+    the token at which the kept probabilities, summed up in the order of the ids, exceed `uniform` times their sum.
+
+    A row whose temperature is 0, or whose largest logit is not finite, gets its `argmax`.
+
+    Args:
+        logits: [R, V].
+        temperature: [R] float32. top_k: [R] int64; 0 keeps all. top_p, min_p: [R] float32; 1 and 0 keep all.
+        uniform: [R] float64 in [0, 1).
+
+    Returns:
+        [R] int64.
+    """
+    token_ids = argmax(logits)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    rows = ((temperature > 0) & wide.amax(-1).isfinite()).nonzero().squeeze(1)
+    wide, temperature, top_k = wide[rows], temperature[rows].unsqueeze(1), top_k[rows].unsqueeze(1)
+    top_p, min_p = top_p[rows].unsqueeze(1).double(), min_p[rows].unsqueeze(1).double()
+
+    ordered, ids = wide.sort(dim=-1, descending=True, stable=True)
+    best = ordered[:, :1]
+    weights = ((ordered - best) / temperature).exp().double()
+    rank = torch.arange(wide.shape[1], device=wide.device)
+    kept = ordered >= (best + temperature * min_p.log()).to(wide.dtype)
+    kept &= (top_k == 0) | (rank < top_k)
+    weights *= kept
+    before = weights.cumsum(-1) - weights
+    weights *= (top_p == 1) | (before < top_p * weights.sum(-1, keepdim=True)) | (rank == 0)
+
+    cumulative = torch.zeros_like(weights).scatter_(1, ids, weights).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, uniform[rows].unsqueeze(1) * cumulative[:, -1:], right=True)
+    token_ids[rows] = drawn.squeeze(1).clamp_(max=wide.shape[1] - 1)
+    return token_ids
+
+
+def top_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probabilities, in at least float32, of the given tokens and of the most likely ones, equal ones by their ids.
+
+    A row whose largest logit is not finite has none: they are NaN.
+
+    Args:
+        logits: [R, V]. token_ids: [R] int64. num_top: how many of the most likely tokens.
+
+    Returns:
+        Log-probabilities of token_ids [R], and of the best tokens [R, num_top], whose ids are the third [R, num_top].
+    """
+    logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    chosen = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    best = logits.argsort(dim=-1, descending=True, stable=True)[:, :num_top]
+    return chosen, logprobs.gather(1, best), best
+
+
 def quantize_rows(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, in] in groups of its last dimension as int8 times a scale: ([T, groups, size] integers, [T, groups, 1]).
 

@@ -107,12 +107,25 @@ def _register_fakes() -> None:
         _value_cache, _slot_mapping, num_heads, *_ = rest
         return qkv.new_empty((qkv.shape[0], num_heads, key_cache.shape[3]))
 
+    def token_ids(logits: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+    def logprobs(
+        logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        chosen = logits.new_empty(logits.shape[0], dtype=torch.float32)
+        best = chosen.new_empty(logits.shape[0], num_top)
+        return chosen, best, best.new_empty(best.shape, dtype=torch.int64)
+
     fakes: dict[str, Callable[..., Any]] = {
         "rms_norm": like_first,
         "fused_add_rms_norm": two_like_first,
         "silu_and_mul": half,
         "rope_and_store_kv": queries,
         "paged_attention": like_first,
+        "argmax": token_ids,
+        "sample": token_ids,
+        "top_logprobs": logprobs,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"apt_cpu::{name}", fake)
