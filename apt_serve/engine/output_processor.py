@@ -90,10 +90,6 @@ class OutputProcessor:
         text = _flush(self._states.pop(seq.seq_id))
         return GenerationOutput(seq.index, text, (), None, "abort", None, seq.num_cached_tokens)
 
-    def discard(self, seq: Sequence) -> None:
-        """Forget a sequence that gets no further output."""
-        self._states.pop(seq.seq_id, None)
-
     def _take(self, token_id: int, seq: Sequence, state: _State, delta: _Delta) -> None:
         """Add one token to the delta; sets its finish reason if the generation ends here."""
         sampling = seq.sampling

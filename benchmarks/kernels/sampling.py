@@ -1,4 +1,4 @@
-"""`python -m benchmarks.kernels.sampling`: choosing tokens beside the time to read the logits, and beside torch's sorts.
+"""`python -m benchmarks.kernels.sampling`: choosing tokens beside reading the logits once and beside torch's sorts.
 
 Logits are normal with a standard deviation of 3, of which top_p 0.9 keeps some thousands of tokens, and exist often
 enough to come from memory at every call. Ours and the PyTorch twin take turns; figures are medians.

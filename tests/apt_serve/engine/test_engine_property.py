@@ -1,19 +1,41 @@
 """Greedy output of the engine equals a naive full recompute, whatever happens around it."""
 
+import os
 import random
 from functools import cache
 
+import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from apt_kernels.cpu import native
 from apt_serve.engine.client import GenerationRequest
 from apt_serve.engine.sampling_params import SamplingParams
-from tests.apt_serve.engine.tiny_engine import VOCAB_SIZE, naive_greedy, tiny_engine
+from tests.apt_serve.engine.tiny_engine import (
+    VOCAB_SIZE,
+    naive_greedy,
+    naive_paged_greedy,
+    tiny_engine,
+    tiny_native_model,
+)
+
+NATIVE_MODELS = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "int8": (torch.bfloat16, "int8"),
+}
 
 
 @cache
 def expected_output(prompt, max_tokens):
     return tuple(naive_greedy(prompt, max_tokens))
+
+
+@cache
+def expected_native_output(name, prompt, max_tokens):
+    """(token id, log-probability) each."""
+    return tuple(naive_paged_greedy(tiny_native_model(*NATIVE_MODELS[name]), prompt, max_tokens))
 
 
 @cache
@@ -42,44 +64,76 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    arrivals=arrivals,
-    block_size=st.sampled_from([1, 2, 3, 4, 8]),
-    spare_blocks=st.integers(0, 20),
-    max_num_seqs=st.integers(1, 6),
-    extra_budget=st.integers(0, 20),
-    enable_prefix_caching=st.booleans(),
-    policy=st.sampled_from(["fcfs", "priority"]),
+scenarios = st.fixed_dictionaries(
+    {
+        "arrivals": arrivals,
+        "block_size": st.sampled_from([1, 2, 3, 4, 8]),
+        "spare_blocks": st.integers(0, 20),
+        "max_num_seqs": st.integers(1, 6),
+        "extra_budget": st.integers(0, 20),
+        "enable_prefix_caching": st.booleans(),
+        "policy": st.sampled_from(["fcfs", "priority"]),
+    }
 )
-def test_greedy_output_equals_a_naive_recompute(
-    arrivals, block_size, spare_blocks, max_num_seqs, extra_budget, enable_prefix_caching, policy
-):
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(scenario=scenarios)
+def test_greedy_output_equals_a_naive_recompute(scenario):
+    def tokens(delta):
+        return delta.output.token_ids
+
+    check(scenario, tokens, expected_output)
+
+
+@pytest.mark.parametrize("name", NATIVE_MODELS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(scenario=scenarios)
+def test_with_the_cpp_ops_tokens_and_logprobs_equal_a_naive_recompute_bit_for_bit(name, scenario):
+    if os.environ.get("APT_CPU_ISA") == native.OFF:
+        pytest.skip("APT_CPU_ISA=off: the C++ ops are not wanted")
+    assert native.is_enabled(), "the C++ ops are not built: python -m apt_kernels.cpu.build"
+    model = tiny_native_model(*NATIVE_MODELS[name])
+    assert name == "float32" or model.model.linked is not None
+
+    def tokens_and_logprobs(delta):
+        return tuple((entry.chosen.token_id, entry.chosen.logprob) for entry in delta.output.logprobs or ())
+
+    def expected(prompt, max_tokens):
+        return expected_native_output(name, prompt, max_tokens)
+
+    check(scenario, tokens_and_logprobs, expected, model=model, logprobs=0)
+
+
+def check(scenario, result_of, expected, *, model=None, logprobs=None):
+    """Run a scenario; what result_of finds in a sequence's deltas is what expected(prompt, max_tokens) says."""
+    arrivals, block_size = scenario["arrivals"], scenario["block_size"]
     longest = max(len(some_prompts()[prompt]) + max_tokens for prompt, max_tokens, *_ in arrivals)
     engine = tiny_engine(
-        num_kv_blocks=-(-longest // block_size) + spare_blocks,  # few: preemption is common
+        model=model,
+        num_kv_blocks=-(-longest // block_size) + scenario["spare_blocks"],  # few: preemption is common
         block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_seqs + extra_budget,
-        enable_prefix_caching=enable_prefix_caching,
-        policy=policy,
+        max_num_seqs=scenario["max_num_seqs"],
+        max_num_batched_tokens=scenario["max_num_seqs"] + scenario["extra_budget"],
+        enable_prefix_caching=scenario["enable_prefix_caching"],
+        policy=scenario["policy"],
     )
     outputs, finish_reasons, wanted, aborts = {}, {}, {}, {}
 
     def take(deltas):
         for delta in deltas:
-            outputs[delta.seq_id] += delta.output.token_ids
+            outputs[delta.seq_id] += result_of(delta)
             finish_reasons[delta.seq_id] = delta.output.finish_reason
 
     step, pending = 0, sorted(arrivals, key=lambda arrival: arrival[2])
     while pending or engine.has_work:
         while pending and pending[0][2] <= step:
             prompt, max_tokens, _, priority, abort_after = pending.pop(0)
-            sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
+            sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=logprobs)
             request = GenerationRequest("r", some_prompts()[prompt], sampling, priority)
             (seq,) = engine.sequences_of(request)
             outputs[seq.seq_id] = ()
-            wanted[seq.seq_id] = expected_output(some_prompts()[prompt], max_tokens)
+            wanted[seq.seq_id] = expected(some_prompts()[prompt], max_tokens)
             if abort_after is not None:
                 aborts[seq.seq_id] = step + abort_after
             engine.add(seq)

@@ -250,11 +250,10 @@ def test_abort_gives_what_was_held_back_and_forgets(processor: OutputProcessor) 
     assert len(processor) == 0
 
 
-def test_nothing_is_kept_of_finished_sequences(processor: OutputProcessor) -> None:
-    finished, discarded = start(processor), start(processor)
+def test_nothing_is_kept_of_finished_and_aborted_sequences(processor: OutputProcessor) -> None:
+    finished, aborted = start(processor), start(processor)
     generate(processor, finished, [EOS])
-    processor.discard(discarded)
-    processor.discard(discarded)
+    processor.abort(aborted)
     assert len(processor) == 0
 
 

@@ -1,6 +1,10 @@
-"""A tiny random model, exact in float64, behind a real engine; and the naive way to continue a prompt with it."""
+"""Tiny random models behind a real engine, and the naive ways to continue a prompt with them.
+
+One is exact in float64, made of torch's ops. The others are what a processor serves: the C++ ops, weights packed.
+"""
 
 import time
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -9,9 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from apt_core.kv_cache import allocate_kv_cache
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
-from apt_core.models.decoder import fuse_projections
+from apt_core.models.decoder import fuse_projections, link_layers, pack_linears
 from apt_core.registry import build_model
 from apt_core.tokenizer import HFTokenizer
+from apt_kernels import ops
 from apt_serve.engine.client import ModelInfo
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.engine import Engine
@@ -34,17 +39,28 @@ CONFIG = ModelConfig(
     max_position_embeddings=MAX_MODEL_LEN,
     rms_norm_eps=1e-6,
 )
+NATIVE_CONFIG = replace(CONFIG, hidden_size=64, intermediate_size=96, head_dim=16)
+"""Of a shape that the C++ ops serve."""
 
 
 @lru_cache
-def tiny_model(dtype=torch.float64):
+def tiny_model(dtype=torch.float64, config=CONFIG):
     """Weights wide enough that greedy output varies with the prompt."""
     generator = torch.Generator().manual_seed(0)
-    model = build_model(CONFIG, "cpu").to(dtype)
+    model = build_model(config, "cpu").to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4, generator=generator)
     model.eval().requires_grad_(False)
     fuse_projections(model)
+    return model
+
+
+@lru_cache
+def tiny_native_model(dtype, precision=None):
+    """As a processor serves it: packed weights, and in bfloat16 all layers as one C++ op."""
+    model = tiny_model.__wrapped__(dtype, NATIVE_CONFIG)
+    pack_linears(model, precision)
+    link_layers(model)
     return model
 
 
@@ -58,13 +74,12 @@ def tiny_tokenizer():
     return HFTokenizer(tokenizer, chat_template=None, file="tiny")
 
 
-def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, **settings):
-    """A real engine over the tiny model."""
+def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, model=None, **settings):
+    """A real engine over a tiny model, the exact one if none is given."""
+    model = model or tiny_model()
     settings = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32} | settings
     config = EngineConfig(num_kv_blocks=num_kv_blocks, **settings)
-    kv_cache = allocate_kv_cache(
-        CONFIG, num_blocks=num_kv_blocks, block_size=config.block_size, dtype=torch.float64, device=CPU
-    )
+    kv_cache = empty_cache(model, num_kv_blocks, config.block_size)
     info = ModelInfo(
         name="tiny",
         created=int(time.time()),
@@ -76,13 +91,19 @@ def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, **settings):
         default_sampling={},
     )
     runner = ModelRunner(
-        tiny_model(),
+        model,
         kv_cache,
         max_num_seqs=config.max_num_seqs,
         max_model_len=info.max_model_len,
         eos_token_ids=info.eos_token_ids,
     )
     return Engine(config, metrics, model=LoadedModel(info, executor(runner) if executor else runner, num_kv_blocks))
+
+
+def empty_cache(model, num_blocks, block_size):
+    """A KV cache of the model's own dtype."""
+    dtype = model.model.embed_tokens.weight.dtype
+    return allocate_kv_cache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=CPU)
 
 
 def naive_logits(token_ids):
@@ -102,3 +123,31 @@ def naive_greedy(prompt, max_tokens, *, stops_at_eos=True):
         if stops_at_eos and token_ids[-1] == EOS:
             break
     return token_ids[len(prompt) :]
+
+
+def naive_paged_logits(model, token_ids):
+    """Logits [1, V] after the last token of a full recompute in one go, by the ops that a step is made of."""
+    num_tokens = len(token_ids)
+    positions = torch.arange(num_tokens)
+    metadata = replace(
+        AttentionMetadata.for_full_sequences([num_tokens]),
+        block_tables=torch.zeros(1, 1, dtype=torch.int32),
+        slot_mapping=positions,
+    )
+    with torch.inference_mode():
+        embedded = model.embed(torch.tensor(token_ids))
+        hidden = model(embedded, positions, metadata, empty_cache(model, 1, MAX_MODEL_LEN))
+        return model.logits(hidden[-1:]).float()
+
+
+def naive_paged_greedy(model, prompt, max_tokens):
+    """Greedy continuation, recomputing everything for each token: (token id, its log-probability) each."""
+    token_ids, found = list(prompt), []
+    while len(found) < max_tokens:
+        logits = naive_paged_logits(model, token_ids)
+        chosen = ops.argmax(logits)
+        found.append((int(chosen), float(ops.top_logprobs(logits, chosen, 0)[0])))
+        token_ids.append(int(chosen))
+        if token_ids[-1] == EOS:
+            break
+    return found
