@@ -8,8 +8,11 @@ from pathlib import Path
 
 import torch
 
+from apt_core.checkpoint.formats import WeightFormat
+from apt_core.checkpoint.quantized_reader import read_weights
 from apt_core.checkpoint.safetensors_reader import WeightFile, read_tensors
 from apt_core.model_config import GenerationConfig, ModelConfig
+from apt_core.quantization import StoredWeight
 from apt_core.tokenizer import Tokenizer
 
 
@@ -25,12 +28,23 @@ class Checkpoint:
     weight_files: tuple[WeightFile, ...]
     """Hugging Face layout; for a GGUF, its dequantized copy in the cache."""
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face parameter name and CPU tensor in its stored dtype, one at a time.
+    weight_format: WeightFormat | None = None
+    """How linear layers are stored in fewer bits; None if they are not."""
 
-        The tensors are views of memory-mapped files: copy what has to outlive a change of the file.
+    def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredWeight]]:
+        """Hugging Face parameter name and its CPU tensor in stored dtype, or its quantized weight, one at a time.
+
+        Tensors are views of memory-mapped files: copy what has to outlive a change of the file.
 
         Raises:
-            CheckpointError: a file has been damaged or removed since the checkpoint was opened.
+            CheckpointError: a quantized weight lacks a part or a part does not fit, or a file has been damaged or
+                removed since the checkpoint was opened.
         """
-        return read_tensors(self.weight_files)
+        if self.weight_format is None:
+            return read_tensors(self.weight_files)
+        return read_weights(self.weight_files, self.weight_format)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As ``weights``, with quantized weights dequantized to float32."""
+        for name, weight in self.weights():
+            yield name, weight if isinstance(weight, torch.Tensor) else weight.dequantize()

@@ -104,9 +104,6 @@ def _architecture(config: Document) -> str:
 
 
 def _refuse_what_is_not_read(config: Document) -> None:
-    if config.has("quantization_config"):
-        method = (config.child("quantization_config") or config).values.get("quant_method", "unknown method")
-        raise config.error("quantization_config", f"quantized checkpoints are not read yet ({method})")
     activation = config.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise config.error("hidden_act", f"{activation!r} is not supported; only silu is")

@@ -7,34 +7,53 @@ from torch import nn
 
 from apt_core.checkpoint.checkpoint import Checkpoint
 from apt_core.errors import CheckpointError
+from apt_core.layers.linear import QuantizedLinear
+from apt_core.quantization import StoredWeight
 
 _MAX_NAMES_SHOWN = 8
 
 
-def load_into(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+def load_into(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    keeps_quantized: bool = False,
+) -> None:
     """Replace every parameter of ``model`` by the checkpoint's tensor of the same name.
 
     Works tensor by tensor, so the memory needed beyond the model is one tensor. Parameters are copies: later changes of
-    the files do not reach them. A checkpoint's copies of derived or tied tensors are left out.
+    the files do not reach them. A checkpoint's copies of derived or tied tensors are left out, and so are biases of
+    zeros that the model does not have, which some quantizers write.
 
     Args:
         model: its parameter names equal the Hugging Face names; its parameters may be on the meta device.
         checkpoint: where the weights come from.
         dtype: of the new parameters, norms included.
         device: of the new parameters.
+        keeps_quantized: whether linear layers stored in fewer bits become a QuantizedLinear, for ``pack_linears``; if
+            not, they are dequantized.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or of a wrong shape. The model is then partly filled.
     """
     wanted = dict(model.named_parameters())
     unexpected: list[str] = []
-    for name, tensor in checkpoint.tensors():
+    for name, weight in checkpoint.weights():
         parameter = wanted.pop(name, None)
-        if parameter is not None:
-            _check_shape(checkpoint, name, tensor, parameter)
-            _assign(model, name, tensor, parameter, dtype=dtype, device=device)
-        elif not _is_redundant(name, checkpoint):
-            unexpected.append(name)
+        if parameter is None:
+            if not _is_redundant(name, weight, checkpoint):
+                unexpected.append(name)
+            continue
+        _check_shape(checkpoint, name, weight, parameter)
+        owner_name, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if keeps_quantized and not isinstance(weight, torch.Tensor) and isinstance(owner, nn.Linear):
+            model.set_submodule(owner_name, QuantizedLinear([weight], owner.bias))
+        else:
+            loaded = _loaded(weight, dtype=dtype, device=device)
+            setattr(owner, attribute, nn.Parameter(loaded, requires_grad=parameter.requires_grad))
     for names, kind in ((list(wanted), "missing from"), (unexpected, "not expected in")):
         if names:
             raise CheckpointError(
@@ -44,36 +63,34 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype, d
             )
 
 
-def _is_redundant(name: str, checkpoint: Checkpoint) -> bool:
+def _is_redundant(name: str, weight: torch.Tensor | StoredWeight, checkpoint: Checkpoint) -> bool:
     """Old checkpoints store the rotary frequencies; some store the output matrix beside the embedding it is tied to."""
     is_tied_head = name == "lm_head.weight" and checkpoint.config.tie_word_embeddings
-    return is_tied_head or name.endswith("rotary_emb.inv_freq")
+    is_zero_bias = name.endswith(".bias") and isinstance(weight, torch.Tensor) and not bool(weight.any())
+    return is_tied_head or is_zero_bias or name.endswith("rotary_emb.inv_freq")
 
 
-def _check_shape(checkpoint: Checkpoint, name: str, tensor: torch.Tensor, parameter: nn.Parameter) -> None:
-    if tensor.shape != parameter.shape:
+def _check_shape(
+    checkpoint: Checkpoint, name: str, weight: torch.Tensor | StoredWeight, parameter: nn.Parameter
+) -> None:
+    if weight.shape != parameter.shape:
         raise CheckpointError(
-            f"has shape {list(tensor.shape)}, but the model's parameter has {list(parameter.shape)}",
+            f"has shape {list(weight.shape)}, but the model's parameter has {list(parameter.shape)}",
             file=checkpoint.path,
             field=name,
         )
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"has element type {tensor.dtype}, expected floats", file=checkpoint.path, field=name)
+    if isinstance(weight, torch.Tensor) and not (weight.is_floating_point() and weight.itemsize >= 2):
+        problem = f"has element type {weight.dtype}, expected floats of 16 bits or more"
+        raise CheckpointError(problem, file=checkpoint.path, field=name)
 
 
-def _assign(
-    model: nn.Module,
-    name: str,
-    tensor: torch.Tensor,
-    parameter: nn.Parameter,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    module_name, _, attribute = name.rpartition(".")
-    loaded = torch.empty(tensor.shape, dtype=dtype, device=device)
-    loaded.copy_(tensor)
-    setattr(model.get_submodule(module_name), attribute, nn.Parameter(loaded, requires_grad=parameter.requires_grad))
+def _loaded(weight: torch.Tensor | StoredWeight, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A copy in the memory of the model."""
+    if not isinstance(weight, torch.Tensor):
+        return weight.dequantize(dtype).to(device)
+    loaded = torch.empty(weight.shape, dtype=dtype, device=device)
+    loaded.copy_(weight)
+    return loaded
 
 
 def _listing(names: list[str]) -> str:

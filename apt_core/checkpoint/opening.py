@@ -8,6 +8,7 @@ from pathlib import Path
 
 from apt_core.checkpoint import gguf_import
 from apt_core.checkpoint.checkpoint import Checkpoint
+from apt_core.checkpoint.formats import WeightFormat, parse_weight_format
 from apt_core.checkpoint.hf_config import parse_generation_config, parse_model_config
 from apt_core.checkpoint.safetensors_reader import WeightFile, find_weight_files
 from apt_core.checkpoint.sources import locate
@@ -25,6 +26,7 @@ class _Parts:
     config: Document
     generation: Document | None
     weight_files: tuple[WeightFile, ...]
+    weight_format: WeightFormat | None
     tokenizer_files: TokenizerFiles
 
 
@@ -51,6 +53,7 @@ def open_checkpoint(source: str, *, tokenizer: str | None = None) -> Checkpoint:
         generation=parse_generation_config(parts.generation, parts.config),
         tokenizer=built,
         weight_files=parts.weight_files,
+        weight_format=parts.weight_format,
     )
 
 
@@ -58,10 +61,12 @@ def _open_folder(path: Path, override: TokenizerFiles | None) -> _Parts:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise CheckpointError("there is no such file; a checkpoint folder needs one", file=config_path)
+    config = read_document(config_path)
     return _Parts(
-        config=read_document(config_path),
+        config=config,
         generation=read_optional_document(path / "generation_config.json"),
         weight_files=find_weight_files(path),
+        weight_format=parse_weight_format(config),
         tokenizer_files=override or read_tokenizer_files(path),
     )
 
@@ -73,6 +78,7 @@ def _open_gguf(path: Path, override: TokenizerFiles | None) -> _Parts:
         config=parse_document(documents[gguf_import.CONFIG], path),
         generation=parse_document(documents[gguf_import.GENERATION_CONFIG], path),
         weight_files=(entry.weights,),
+        weight_format=None,
         tokenizer_files=override or _gguf_tokenizer_files(documents, path),
     )
 

@@ -55,6 +55,33 @@ def read_tensors(files: tuple[WeightFile, ...]) -> Iterator[tuple[str, torch.Ten
                 yield name, file.get_tensor(name)
 
 
+class TensorFiles:
+    """The tensors of several files by name. Files are opened when first asked for one, and stay open."""
+
+    def __init__(self, files: tuple[WeightFile, ...]) -> None:
+        self.paths = {name: file.path for file in files for name in file.names}
+        """The file of each tensor."""
+        self._folder = files[0].path.parent
+        self._opened: dict[Path, Any] = {}
+
+    def get(self, name: str) -> torch.Tensor:
+        """A CPU tensor in its stored dtype, a view of the mapped file.
+
+        Raises:
+            CheckpointError: the file has been damaged or removed since it was listed.
+        """
+        path = self.paths[name]
+        with _named_faults(path):
+            if path not in self._opened:
+                self._opened[path] = safe_open(path, framework="pt", device="cpu")
+            tensor: torch.Tensor = self._opened[path].get_tensor(name)
+            return tensor
+
+    def file_of(self, name: str) -> Path:
+        """Where a tensor lies; of a name that is nowhere, the folder."""
+        return self.paths.get(name, self._folder)
+
+
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """A safetensors file, whose header has been checked against its length.
@@ -62,9 +89,14 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     Raises:
         CheckpointError: it is missing, truncated or damaged.
     """
+    with _named_faults(path), safe_open(path, framework="pt", device="cpu") as file:
+        yield file
+
+
+@contextmanager
+def _named_faults(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
+        yield
     except SafetensorError as error:
         raise CheckpointError(f"is truncated or damaged ({error})", file=path) from None
     except OSError as error:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from apt_core.quantization import StoredWeight
 from apt_kernels import ops
 
 
@@ -46,12 +50,36 @@ class PackedLinear(nn.Module):
         return f"{type(self.weight).__name__}, in={self.weight.in_features}, out={self.weight.out_features}"
 
 
-def fused_linear(parts: list[nn.Linear]) -> nn.Linear:
+class QuantizedLinear(nn.Module):
+    """A linear layer between loading and packing: its weight as the checkpoint stores it; inference only."""
+
+    def __init__(self, parts: Sequence[torch.Tensor | StoredWeight], bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        """Weights whose outputs lie side by side; more than one after fusing."""
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] -> [T, out]; dequantizes at every call."""
+        weights = [part if isinstance(part, torch.Tensor) else part.dequantize() for part in self.parts]
+        return F.linear(x, torch.cat([weight.to(x.dtype) for weight in weights]), self.bias)
+
+    def extra_repr(self) -> str:
+        """Form and shape of each part."""
+        return ", ".join(f"{type(part).__name__}{tuple(part.shape)}" for part in self.parts)
+
+
+def fused_linear(parts: Sequence[nn.Linear | QuantizedLinear]) -> nn.Linear | QuantizedLinear:
     """One layer whose output is the outputs of the parts side by side; the parts' inputs must be the same."""
-    first = parts[0]
-    fused = nn.Linear(first.in_features, sum(p.out_features for p in parts), bias=first.bias is not None, device="meta")
-    weight = torch.cat([p.weight.detach() for p in parts])
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = torch.cat([bias.detach() for bias in biases]) if biases else None
+    linears = [part for part in parts if isinstance(part, nn.Linear)]
+    if len(linears) < len(parts):
+        weights = [[part.weight.detach()] if isinstance(part, nn.Linear) else part.parts for part in parts]
+        return QuantizedLinear([weight for each in weights for weight in each], bias)
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    fused = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     fused.weight = nn.Parameter(weight, requires_grad=False)
-    if first.bias is not None:
-        fused.bias = nn.Parameter(torch.cat([p.bias.detach() for p in parts]), requires_grad=False)
+    if bias is not None:
+        fused.bias = nn.Parameter(bias, requires_grad=False)
     return fused

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from apt_core.kv_cache import LayerKVCache
-from apt_core.layers.linear import Embedding, Linear, PackedLinear, fused_linear
+from apt_core.layers.linear import Embedding, Linear, PackedLinear, QuantizedLinear, fused_linear
 from apt_core.layers.norm import RMSNorm
 from apt_core.layers.rotary import RotaryEmbedding, RotaryValues
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
-from apt_core.quantization import WeightPrecision, pack_weight
+from apt_core.quantization import WeightPrecision, pack_weight, pack_weights
 from apt_kernels import ops
 
 
@@ -273,7 +273,7 @@ def pack_linears(
     A tied head gets a packed copy: the embedding needs plain rows. Logits are float32 wherever the format can.
 
     Args:
-        precision: of the packed weights; None keeps their own.
+        precision: of the packed weights; None keeps their own, or that of the checkpoint where it is quantized.
         head_precision: of the output head; None takes precision, but int8 with int4, because 4 bits in the head alone
             cost about 5 % of perplexity.
     """
@@ -282,7 +282,9 @@ def pack_linears(
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             wanted = head_precision if child is model.lm_head else precision
-            if isinstance(child, nn.Linear) and (wanted is not None or ops.can_pack(child.weight)):
+            if isinstance(child, QuantizedLinear):
+                setattr(parent, name, PackedLinear(pack_weights(child.parts, wanted), child.bias))
+            elif isinstance(child, nn.Linear) and (wanted is not None or ops.can_pack(child.weight)):
                 setattr(parent, name, _packed(child.weight, child.bias, wanted))
     embedding = model.model.embed_tokens.weight
     if model.lm_head is None and (head_precision is not None or ops.can_pack(embedding)):

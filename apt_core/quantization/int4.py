@@ -6,8 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from apt_core.quantization.rows import by_rows
+from apt_kernels.reference import dequantize_int4
+
 GROUP_SIZE = 32
 """With a float16 scale and minimum each, 5 bits a weight."""
+GROUP_SIZES = (128, 64, 32)
+"""Groups that the packed products have, the leanest first."""
 LARGEST_CODE = 15
 SHRINKAGES = (1.0, 0.92)
 """Ranges that are tried, as parts of a group's own: cutting off an outlier can cost less than coarser steps. More of
@@ -26,6 +31,33 @@ class Int4Tensor:
     """[out, groups] float16."""
     minima: torch.Tensor
     """[out, groups] float16."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+        return self.values.shape
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.values.shape[1] // self.scales.shape[1]
+
+    def with_groups_of(self, size: int) -> Int4Tensor:
+        """The same weights in groups of another size, which must divide this one's."""
+        repeats = self.group_size // size
+        return Int4Tensor(self.values, *(x.repeat_interleave(repeats, 1) for x in (self.scales, self.minima)))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """See StoredWeight."""
+        return by_rows(
+            self.shape,
+            dtype,
+            lambda rows: dequantize_int4(self.values[rows], self.scales[rows], self.minima[rows]),
+        )
+
+    def kernel_form(self) -> Int4Tensor:
+        """See StoredWeight."""
+        return self
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int = GROUP_SIZE) -> Int4Tensor | None:

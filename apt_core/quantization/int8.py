@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from apt_core.quantization.rows import by_rows
+from apt_kernels.reference import dequantize_int8
+
 LARGEST = 127
 
 
@@ -17,6 +20,19 @@ class Int8Tensor:
     """[out, in] int8."""
     scales: torch.Tensor
     """[out] float32."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+        return self.values.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """See StoredWeight."""
+        return by_rows(self.shape, dtype, lambda rows: dequantize_int8(self.values[rows], self.scales[rows]))
+
+    def kernel_form(self) -> Int8Tensor:
+        """See StoredWeight."""
+        return self
 
 
 def quantize_int8(weight: torch.Tensor) -> Int8Tensor:

@@ -66,7 +66,7 @@ def load(config: EngineConfig) -> LoadedModel:
     model = cache.read() if cache is not None else None
     if model is None:
         model = build_model(checkpoint.config)
-        load_into(model, checkpoint, dtype=dtype, device=device)
+        load_into(model, checkpoint, dtype=dtype, device=device, keeps_quantized=_keeps_quantized(dtype, device))
         model.eval().requires_grad_(False)
         fuse_projections(model)
         pack_linears(model, precision, head_precision)
@@ -132,6 +132,11 @@ def _weight_precision(
     if dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"{precision} goes with dtype float32 or bfloat16, not {config.dtype}", field=field)
     return precision
+
+
+def _keeps_quantized(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights of a quantized checkpoint stay in its format until they are packed."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

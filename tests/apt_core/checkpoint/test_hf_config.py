@@ -193,7 +193,6 @@ def test_dtype_in_each_spelling(keys: dict[str, Any], dtype: str) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures", "GPT2LMHeadModel"),
         ({"architectures": None}, "architectures", "missing"),
         ({"architectures": "LlamaForCausalLM"}, "architectures", "list"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config", "not read yet"),
         ({"hidden_act": "gelu"}, "hidden_act", "gelu"),
         ({"vocab_size": None}, "vocab_size", "missing"),
         ({"hidden_size": "64"}, "hidden_size", "whole number"),

@@ -1,0 +1,16 @@
+"""Small integers packed into int32, as the formats have them: the first in the lowest bits."""
+
+from __future__ import annotations
+
+import torch
+
+
+def unpack_int32(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """[rows, words] int32 -> [rows, words * 32 / num_bits] uint8, num_bits 4 or 8.
+
+    Every word holds the values of neighbouring columns, lowest bits first, which in memory is the order of its bytes.
+    """
+    data = packed.contiguous().view(torch.uint8)
+    if num_bits == 8:
+        return data
+    return torch.stack((data & 15, data >> 4), dim=2).flatten(1)

@@ -1,0 +1,83 @@
+"""Weights, float or stored in fewer bits, packed in the precision that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, cast
+
+import torch
+
+from apt_core.quantization.int4 import Int4Tensor, quantize_int4
+from apt_core.quantization.int8 import Int8Tensor, quantize_int8
+from apt_core.quantization.stored import StoredWeight
+from apt_kernels import ops
+
+WeightPrecision: TypeAlias = Literal["float32", "bfloat16", "int8", "int4"]
+KernelForm: TypeAlias = Int8Tensor | Int4Tensor | None
+
+
+def pack_weight(weight: torch.Tensor | StoredWeight, precision: WeightPrecision | None) -> ops.PackedWeight:
+    """A weight [out, in] packed in a precision; see ``pack_weights``."""
+    return pack_weights([weight], precision)
+
+
+def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: WeightPrecision | None) -> ops.PackedWeight:
+    """Weights whose outputs lie side by side, packed as one.
+
+    A weight that is stored in the precision asked for keeps its own values; others are dequantized and made anew.
+    Weights whose number of inputs no int4 group divides are packed in int8 instead.
+
+    Args:
+        precision: None keeps the parts' own where they agree. Where they do not, or have no product, the result is
+            bfloat16, or float32 if one of them is.
+    """
+    forms: list[KernelForm] = [None if isinstance(part, torch.Tensor) else part.kernel_form() for part in parts]
+    if precision is None:
+        precision = _common_precision(parts, forms)
+    if precision == "int4" and (int4 := _int4(parts, forms)) is not None:
+        return ops.pack_int4_weight(int4.values, int4.scales, int4.minima)
+    if precision in ("int8", "int4"):
+        int8 = [
+            form if isinstance(form, Int8Tensor) else quantize_int8(_floats(part))
+            for part, form in zip(parts, forms, strict=True)
+        ]
+        return ops.pack_int8_weight(_cat([x.values for x in int8]), _cat([x.scales for x in int8]))
+    dtype: torch.dtype = getattr(torch, precision)
+    return ops.pack_linear_weight(_cat([_floats(part, dtype).to(dtype) for part in parts]))
+
+
+def _common_precision(parts: Sequence[torch.Tensor | StoredWeight], forms: list[KernelForm]) -> WeightPrecision:
+    own = {_own_precision(part, form) for part, form in zip(parts, forms, strict=True)}
+    if len(own) == 1:
+        return own.pop()
+    return "float32" if "float32" in own else "bfloat16"
+
+
+def _own_precision(part: torch.Tensor | StoredWeight, form: KernelForm) -> WeightPrecision:
+    if isinstance(part, torch.Tensor):
+        return cast(WeightPrecision, str(part.dtype).removeprefix("torch."))
+    if isinstance(form, Int4Tensor):
+        return "int4"
+    return "int8" if isinstance(form, Int8Tensor) else "bfloat16"
+
+
+def _int4(parts: Sequence[torch.Tensor | StoredWeight], forms: list[KernelForm]) -> Int4Tensor | None:
+    """In groups of the smallest size among them; None if one has inputs that no group divides."""
+    tensors = [
+        form if isinstance(form, Int4Tensor) else quantize_int4(_floats(part))
+        for part, form in zip(parts, forms, strict=True)
+    ]
+    found = [tensor for tensor in tensors if tensor is not None]
+    if len(found) < len(tensors):
+        return None
+    size = min(tensor.group_size for tensor in found)
+    found = [tensor.with_groups_of(size) for tensor in found]
+    return Int4Tensor(_cat([x.values for x in found]), _cat([x.scales for x in found]), _cat([x.minima for x in found]))
+
+
+def _floats(part: torch.Tensor | StoredWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return part.detach() if isinstance(part, torch.Tensor) else part.dequantize(dtype)
+
+
+def _cat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
