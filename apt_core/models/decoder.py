@@ -6,6 +6,8 @@ The unfused parameters are the truth; `fuse_projections` and `pack_linears` are 
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,8 +18,10 @@ from apt_core.layers.norm import RMSNorm
 from apt_core.layers.rotary import RotaryEmbedding, RotaryValues
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
-from apt_core.quantization import WeightPrecision, pack_weight, pack_weights
+from apt_core.quantization import WeightPrecision, own_precision, pack_weight, pack_weights
 from apt_kernels import ops
+
+log = logging.getLogger(__name__)
 
 
 class DecoderForCausalLM(nn.Module):
@@ -279,11 +283,14 @@ def pack_linears(
     """
     if head_precision is None:
         head_precision = "int8" if precision == "int4" else precision
+    num_dequantized = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             wanted = head_precision if child is model.lm_head else precision
             if isinstance(child, QuantizedLinear):
-                setattr(parent, name, PackedLinear(pack_weights(child.parts, wanted), child.bias))
+                own = own_precision(child.parts)
+                num_dequantized += wanted is None and own in ("bfloat16", "float32")
+                setattr(parent, name, PackedLinear(pack_weights(child.parts, wanted or own), child.bias))
             elif isinstance(child, nn.Linear) and (wanted is not None or ops.can_pack(child.weight)):
                 setattr(parent, name, _packed(child.weight, child.bias, wanted))
     embedding = model.model.embed_tokens.weight
@@ -291,6 +298,8 @@ def pack_linears(
         model.lm_head = _packed(embedding, None, head_precision)
     if isinstance(model.lm_head, PackedLinear):
         model.lm_head.out_dtype = torch.float32
+    if num_dequantized:
+        log.info("%d linear layers have no product in the checkpoint's format: kept in bfloat16", num_dequantized)
 
 
 def link_layers(model: DecoderForCausalLM) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from apt_core.quantization.int4 import Int4Tensor, quantize_int4
 from apt_core.quantization.int8 import Int8Tensor, quantize_int8
-from apt_core.quantization.packing import WeightPrecision, pack_weight, pack_weights
+from apt_core.quantization.packing import WeightPrecision, own_precision, pack_weight, pack_weights
 from apt_core.quantization.stored import Float8Weight, GroupedWeight, StoredWeight
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Int8Tensor",
     "StoredWeight",
     "WeightPrecision",
+    "own_precision",
     "pack_weight",
     "pack_weights",
     "quantize_int4",

@@ -16,24 +16,18 @@ WeightPrecision: TypeAlias = Literal["float32", "bfloat16", "int8", "int4"]
 KernelForm: TypeAlias = Int8Tensor | Int4Tensor | None
 
 
-def pack_weight(weight: torch.Tensor | StoredWeight, precision: WeightPrecision | None) -> ops.PackedWeight:
+def pack_weight(weight: torch.Tensor | StoredWeight, precision: WeightPrecision) -> ops.PackedWeight:
     """A weight [out, in] packed in a precision; see ``pack_weights``."""
     return pack_weights([weight], precision)
 
 
-def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: WeightPrecision | None) -> ops.PackedWeight:
+def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: WeightPrecision) -> ops.PackedWeight:
     """Weights whose outputs lie side by side, packed as one.
 
     A weight that is stored in the precision asked for keeps its own values; others are dequantized and made anew.
     Weights whose number of inputs no int4 group divides are packed in int8 instead.
-
-    Args:
-        precision: None keeps the parts' own where they agree. Where they do not, or have no product, the result is
-            bfloat16, or float32 if one of them is.
     """
-    forms: list[KernelForm] = [None if isinstance(part, torch.Tensor) else part.kernel_form() for part in parts]
-    if precision is None:
-        precision = _common_precision(parts, forms)
+    forms = [None if isinstance(part, torch.Tensor) else part.kernel_form() for part in parts]
     if precision == "int4" and (int4 := _int4(parts, forms)) is not None:
         return ops.pack_int4_weight(int4.values, int4.scales, int4.minima)
     if precision in ("int8", "int4"):
@@ -46,16 +40,22 @@ def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: Weight
     return ops.pack_linear_weight(_cat([_floats(part, dtype).to(dtype) for part in parts]))
 
 
-def _common_precision(parts: Sequence[torch.Tensor | StoredWeight], forms: list[KernelForm]) -> WeightPrecision:
-    own = {_own_precision(part, form) for part, form in zip(parts, forms, strict=True)}
+def own_precision(parts: Sequence[torch.Tensor | StoredWeight]) -> WeightPrecision:
+    """What weights that are packed as one are kept in, if nothing else is asked for.
+
+    Their own precision where they agree. Where they do not, or have no product, it is bfloat16, or float32 if a plain
+    one of them is.
+    """
+    own = {_precision_of(part) for part in parts}
     if len(own) == 1:
         return own.pop()
     return "float32" if "float32" in own else "bfloat16"
 
 
-def _own_precision(part: torch.Tensor | StoredWeight, form: KernelForm) -> WeightPrecision:
+def _precision_of(part: torch.Tensor | StoredWeight) -> WeightPrecision:
     if isinstance(part, torch.Tensor):
         return cast(WeightPrecision, str(part.dtype).removeprefix("torch."))
+    form = part.kernel_form()
     if isinstance(form, Int4Tensor):
         return "int4"
     return "int8" if isinstance(form, Int8Tensor) else "bfloat16"

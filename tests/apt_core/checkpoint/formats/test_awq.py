@@ -64,7 +64,9 @@ def test_biases_of_qwen2_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_first_versions_spelling_of_settings(tmp_path: Path) -> None:
-    saved = save(tmp_path, bits=None, group_size=None, w_bit=4, q_group_size=128, version="GEMM")
+    saved = save(tmp_path)
+    old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM"}
+    saved.edit_config(lambda config: config.update(quantization_config=old))
     assert_exact_in_float32(saved)
 
 
