@@ -1,8 +1,13 @@
-"""`python -m benchmarks.engine`: decode, prefill, TTFT and inter-token latency of the offline engine."""
+"""`python -m benchmarks.engine`: decode, prefill, TTFT and inter-token latency of the offline engine.
+
+Beside each rate stands its share of what the machine allows: see benchmarks/limits.py. A source may also be a shape
+without a checkpoint, such as random:qwen3-0.6b: see benchmarks/models.py.
+"""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -19,27 +24,54 @@ from benchmarks.engine.offline import (
     prefill_tokens_per_s,
     run_offline,
 )
-from benchmarks.limits import decode_limit, prefill_limit
+from benchmarks.limits import MULTIPLIED_IN, WEIGHT_BYTES, DecodeLimit, decode_limit, prefill_limit
 from benchmarks.machine import Limits, describe, measure_limits
+from benchmarks.models import resolve
 from benchmarks.table import print_table
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides how fast a model can be."""
+
+    model: ModelConfig
+    precision: str
+    """Of the layers' weights, a key of WEIGHT_BYTES."""
+    kv_bytes: int
+
+    def decode_limit(self, limits: Limits, workload: Workload) -> DecodeLimit:
+        """What the machine allows at the workload's mean context."""
+        return decode_limit(
+            self.model,
+            limits,
+            weight_bytes=WEIGHT_BYTES[self.precision],
+            # With layers in int4 the output head is in int8.
+            head_bytes=max(WEIGHT_BYTES[self.precision], WEIGHT_BYTES["int8"]),
+            kv_bytes=self.kv_bytes,
+            num_streams=workload.num_streams,
+            context=workload.prompt_len + workload.output_len // 2,
+        )
 
 
 def main() -> None:
     """Run every workload in interleaved rounds and print the medians."""
     args = _parse()
     config = EngineConfig(
-        source=args.source,
+        source=resolve(args.source),
         dtype=args.dtype,
+        weight_precision=args.weight_precision,
         num_threads=args.threads,
         max_num_batched_tokens=args.max_num_batched_tokens,
     )
     engine = Engine(config)
-    model, dtype = open_checkpoint(args.source).config, getattr(torch, args.dtype)
-    limits = measure_limits(dtype)
+    precision = args.dtype if args.weight_precision == "auto" else args.weight_precision
+    shape = Shape(open_checkpoint(config.source).config, precision, getattr(torch, args.dtype).itemsize)
+    limits = measure_limits(MULTIPLIED_IN[precision])
     print(describe())
-    print(f"model     {engine.model.name}, {args.dtype}, {torch.get_num_threads()} threads")
+    print(f"model     {engine.model.name}, {args.dtype}, weights {precision}, {torch.get_num_threads()} threads")
     print(f"shapes    prompt {args.prompt_len}, output {args.output_len}, {args.rounds} rounds, medians")
-    print(f"limits    reads {limits.read_gb_s:.1f} GB/s, multiplies {limits.gemm_gflop_s:.0f} GFLOP/s")
+    multiplied = str(MULTIPLIED_IN[precision]).removeprefix("torch.")
+    print(f"limits    reads {limits.read_gb_s:.1f} GB/s, multiplies {limits.gemm_gflop_s:.0f} GFLOP/s in {multiplied}")
 
     workloads = [Workload(n, args.prompt_len, args.output_len) for n in args.streams]
     run_offline(engine, Workload(1, args.prompt_len, 4), seed=0)
@@ -49,41 +81,36 @@ def main() -> None:
         prefill.append(prefill_tokens_per_s(engine, 1024, seed=1000 + number))
         for i, workload in enumerate(workloads):
             rounds[i].append(run_offline(engine, workload, seed=number * 100 + i))
-    _print_table(workloads, rounds, model, dtype, limits)
-    share = median(prefill) / prefill_limit(model, limits)
+    _print_table(workloads, rounds, shape, limits)
+    share = median(prefill) / prefill_limit(shape.model, limits)
     print(f"prefill   {median(prefill):.0f} tok/s, {share:.0%} of the matrix rate")
 
 
-def _print_table(
-    workloads: list[Workload], rounds: list[list[Timings]], model: ModelConfig, dtype: torch.dtype, limits: Limits
-) -> None:
+def _print_table(workloads: list[Workload], rounds: list[list[Timings]], shape: Shape, limits: Limits) -> None:
     rows = []
     first = median(t.decode_tokens_per_s for t in rounds[0])
     for workload, timings in zip(workloads, rounds, strict=True):
         decode = median(t.decode_tokens_per_s for t in timings)
-        context = workload.prompt_len + workload.output_len // 2
-        size = dtype.itemsize
-        limit = decode_limit(
-            model, limits, weight_bytes=size, kv_bytes=size, num_streams=workload.num_streams, context=context
-        )
+        limit = shape.decode_limit(limits, workload)
         rows.append(
             (
                 f"{workload.num_streams}",
                 f"{decode:.1f}",
-                f"{decode / limit:.0%}",
+                f"{decode / limit.tokens_per_s:.0%} {limit.bound_by}",
                 f"{decode / first:.1f}x",
                 f"{median(t.tokens_per_s for t in timings):.1f}",
                 *latency_cells(timings),
             )
         )
     print()
-    print_table(("streams", "decode tok/s", "of limit", "to first row", "total tok/s", *LATENCY_HEADS), rows)
+    print_table(("streams", "decode tok/s", "share of limit", "to first row", "total tok/s", *LATENCY_HEADS), rows)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
-    parser.add_argument("--source", default=EMBEDDED_MODEL)
+    parser.add_argument("--source", default=EMBEDDED_MODEL, help="a model, or a shape such as random:qwen3-0.6b")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--weight-precision", default="auto", choices=["auto", *WEIGHT_BYTES])
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt-len", type=int, default=128)

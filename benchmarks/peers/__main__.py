@@ -16,6 +16,7 @@ from apt_core.checkpoint import open_checkpoint
 from apt_core.checkpoint.cache_file import cache_folder
 from apt_serve.engine.config import EMBEDDED_MODEL
 from benchmarks.machine import Limits, describe
+from benchmarks.models import resolve
 from benchmarks.peers.apt import Apt
 from benchmarks.peers.engine import Engine, Variant, Weights
 from benchmarks.peers.llama_cpp import LlamaCpp
@@ -35,7 +36,7 @@ def main() -> int:
     args = _parse()
     folder = cache_folder() / "peers"
     workload = Workload(tuple(args.streams), args.prompt_len, args.output_len, args.repeats)
-    weights = shared_weights(args.source, folder / "models")
+    weights = shared_weights(resolve(args.source), folder / "models")
     missing: dict[str, str] = {}
     entrants = prepare(_engines(args.engines, folder), args.bits, weights, missing)
     if args.setup_only:

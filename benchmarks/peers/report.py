@@ -9,16 +9,14 @@ from statistics import median
 import torch
 
 from apt_core.model_config import ModelConfig
-from benchmarks.limits import decode_limit, prefill_limit
+from benchmarks.limits import MULTIPLIED_IN, WEIGHT_BYTES, decode_limit, prefill_limit
 from benchmarks.machine import Limits, measure_limits
 from benchmarks.peers.apt import NAME as APT
 from benchmarks.peers.engine import Variant
 from benchmarks.peers.workload import Figures, Workload, medians
 from benchmarks.table import print_table
 
-_MULTIPLIED_IN = {32: torch.float32, 16: torch.bfloat16, 8: torch.int8, 4: torch.int8}
-_WEIGHT_BYTES = {32: 4.0, 16: 2.0, 8: 1.0, 4: 0.625}
-"""Of 4 bits with a scale and a minimum in 16 bits for each 32 weights, the other widths without their few scales."""
+_PRECISION = {32: "float32", 16: "bfloat16", 8: "int8", 4: "int4"}
 _NONE = "-"
 
 
@@ -59,19 +57,23 @@ def _decode_metric(batch: int, workload: Workload, model: ModelConfig) -> Metric
         return decode_limit(
             model,
             limits,
-            weight_bytes=_WEIGHT_BYTES[bits],
-            kv_bytes=max(_WEIGHT_BYTES[bits], 2.0),
+            weight_bytes=WEIGHT_BYTES[_PRECISION[bits]],
+            kv_bytes=max(WEIGHT_BYTES[_PRECISION[bits]], 2.0),
             num_streams=batch,
             context=workload.prompt_len + workload.output_len // 2,
-        )
+        ).tokens_per_s
 
     return Metric(f"decode {batch} tok/s", lambda f: f.decode[batch], limit, digits=1)
 
 
 def measure_all_limits(widths: Sequence[int]) -> dict[int, Limits]:
     """The machine's rates, by bits of a weight."""
-    by_type = {dtype: measure_limits(dtype) for dtype in {_MULTIPLIED_IN[bits] for bits in widths}}
-    return {bits: by_type[_MULTIPLIED_IN[bits]] for bits in widths}
+    by_type = {dtype: measure_limits(dtype) for dtype in {_multiplied_in(bits) for bits in widths}}
+    return {bits: by_type[_multiplied_in(bits)] for bits in widths}
+
+
+def _multiplied_in(bits: int) -> torch.dtype:
+    return MULTIPLIED_IN[_PRECISION[bits]]
 
 
 def median_limits(rounds: Sequence[dict[int, Limits]]) -> dict[int, Limits]:
@@ -82,7 +84,7 @@ def median_limits(rounds: Sequence[dict[int, Limits]]) -> dict[int, Limits]:
 
 def print_limits(limits: dict[int, Limits]) -> None:
     """The machine's rates in a line."""
-    rates = {str(_MULTIPLIED_IN[bits]).removeprefix("torch."): found.gemm_gflop_s for bits, found in limits.items()}
+    rates = {str(_multiplied_in(bits)).removeprefix("torch."): found.gemm_gflop_s for bits, found in limits.items()}
     read = next(iter(limits.values())).read_gb_s
     print(f"limits    reads {read:.1f} GB/s; {', '.join(f'{name} {rate:.0f} GFLOP/s' for name, rate in rates.items())}")
 
