@@ -1,6 +1,7 @@
 """`python -m benchmarks.quality`: perplexity and greedy agreement of each weight precision, against float32.
 
-Agreement is the share of positions of the text at which both would choose the same next token.
+Agreement is the share of positions of the text at which both would choose the same next token. `--source small`
+measures a small model that is trained here first and never was 4-bit: see benchmarks/quality/small.py.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from apt_core.registry import build_model
 from apt_kernels import ops
 from apt_serve.engine.config import EMBEDDED_MODEL
 from benchmarks.machine import describe
-from benchmarks.quality.text import shakespeare
+from benchmarks.quality.small import small_model
+from benchmarks.quality.text import TEXTS
 from benchmarks.table import print_table
+
+SMALL = "small"
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,22 @@ class Measured:
 
 
 def main() -> None:
-    """Print one row per variant."""
+    """Print one table per text."""
     args = _parse()
     if args.threads:
         ops.set_num_threads(args.threads)
-    checkpoint = open_checkpoint(args.source)
-    text = Path(args.text).read_text(encoding="utf-8") if args.text else shakespeare()
-    windows = _windows(checkpoint, text, args.windows, args.length)
+    checkpoint = open_checkpoint(str(small_model()) if args.source == SMALL else args.source)
     print(describe())
-    print(f"text      {args.text or 'King Lear'}, {len(windows)} windows of {args.length} tokens")
+    print(f"model     {args.source}")
+    for name in args.text or TEXTS:
+        text = TEXTS[name]() if name in TEXTS else Path(name).read_text(encoding="utf-8")
+        windows = _windows(checkpoint, text, args.windows, args.length)
+        print(f"\ntext      {name}, {len(windows)} windows of {args.length} tokens")
+        _print_table(checkpoint, windows)
+
+
+def _print_table(checkpoint: Checkpoint, windows: list[torch.Tensor]) -> None:
+    """One row per variant."""
     measured = [measure(_load(checkpoint, variant), windows) for variant in VARIANTS]
     exact = measured[0]
     rows = []
@@ -109,8 +120,8 @@ def _load(checkpoint: Checkpoint, variant: Variant) -> DecoderForCausalLM:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--source", default=EMBEDDED_MODEL)
-    parser.add_argument("--text", help="a text file; without one King Lear is downloaded")
+    parser.add_argument("--source", default=EMBEDDED_MODEL, help=f"a model, or {SMALL}")
+    parser.add_argument("--text", nargs="+", help=f"text files, or {', '.join(TEXTS)}, which are downloaded (default)")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=0, help="0 takes all")
