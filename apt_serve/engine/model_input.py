@@ -25,6 +25,10 @@ class ModelInput:
     metadata: AttentionMetadata
     last_rows: IntArray
     """[B]: the row, among the T packed tokens, of each sequence's last token."""
+    slots: IntArray
+    """[B]."""
+    context_lens: IntArray
+    """[B]: tokens computed after this step, and so the position of the next one."""
 
 
 class PersistentBatch:
@@ -80,7 +84,14 @@ class PersistentBatch:
             slot_mapping=self._tensor(slot_mapping),
         )
         input_ids = self._tensor(self.token_ids[rows, positions].astype(np.int64))
-        return ModelInput(input_ids, self._tensor(positions), metadata, last_rows=cu_seqlens[1:].astype(np.int64) - 1)
+        return ModelInput(
+            input_ids,
+            self._tensor(positions),
+            metadata,
+            last_rows=cu_seqlens[1:].astype(np.int64) - 1,
+            slots=slots,
+            context_lens=contexts,
+        )
 
     def _append_blocks(self, slot: int, block_ids: tuple[int, ...]) -> None:
         start = self._num_blocks[slot]

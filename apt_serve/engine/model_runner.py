@@ -50,7 +50,7 @@ class ModelRunner:
         hidden = self._model(self._model.embed(inputs.input_ids), inputs.positions, inputs.metadata, self._kv_cache)
         prompt_logprobs = self._prompt_logprobs(step, inputs, hidden)
         sampling = [i for i, s in enumerate(step.scheduled) if s.samples]
-        sampled = self._sample(step, inputs, hidden, sampling)
+        sampled = self._sample(inputs, hidden, sampling)
         outputs = [
             SequenceOutput(s.seq_id, (), prompt_logprobs=prompt_logprobs.get(i)) for i, s in enumerate(step.scheduled)
         ]
@@ -80,13 +80,12 @@ class ModelRunner:
             wanted = sequence.sampling.prompt_logprobs
             self._num_prompt_logprobs[sequence.slot] = -1 if wanted is None else wanted
 
-    def _sample(self, step: StepInput, inputs: ModelInput, hidden: torch.Tensor, sampling: list[int]) -> SamplerOutput:
+    def _sample(self, inputs: ModelInput, hidden: torch.Tensor, sampling: list[int]) -> SamplerOutput:
         """Sample after the last token of the scheduled sequences with these indices, and note the tokens."""
         if not sampling:
             return SamplerOutput([], [])
-        slots = np.array([step.scheduled[i].slot for i in sampling])
-        positions = np.array([step.scheduled[i].start + step.scheduled[i].num_tokens for i in sampling])
-        logits = self._logits(hidden[inputs.last_rows[sampling]])
+        slots, positions = inputs.slots[sampling], inputs.context_lens[sampling]
+        logits = self._logits(_select_rows(hidden, inputs.last_rows[sampling]))
         sampled = self._sampler.sample(logits, slots, positions)
         self._batch.token_ids[slots, positions] = sampled.token_ids
         return sampled
@@ -95,6 +94,8 @@ class ModelRunner:
         self, step: StepInput, inputs: ModelInput, hidden: torch.Tensor
     ) -> dict[int, tuple[TokenLogprobs, ...]]:
         """By index in step.scheduled: log-probabilities of the prompt tokens after those computed in this step."""
+        if self._num_prompt_logprobs.max() < 0:
+            return {}
         return {
             i: self._score(s, int(inputs.last_rows[i]) + 1 - s.num_tokens, hidden)
             for i, s in enumerate(step.scheduled)
@@ -118,3 +119,10 @@ class ModelRunner:
         """[R, C] -> [R, V] in at least float32."""
         logits = self._model.logits(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _select_rows(hidden: torch.Tensor, rows: IntArray) -> torch.Tensor:
+    """Some rows of hidden [T, C], in ascending order; all of them, as in a step without a prompt, are not copied."""
+    if len(rows) == hidden.shape[0]:
+        return hidden
+    return hidden.index_select(0, torch.from_numpy(rows).to(hidden.device))

@@ -24,6 +24,7 @@ from benchmarks.engine.offline import (
     prefill_tokens_per_s,
     run_offline,
 )
+from benchmarks.engine.step_profile import profile_steps
 from benchmarks.limits import MULTIPLIED_IN, WEIGHT_BYTES, DecodeLimit, decode_limit, prefill_limit
 from benchmarks.machine import Limits, describe, measure_limits
 from benchmarks.models import resolve
@@ -84,6 +85,9 @@ def main() -> None:
     _print_table(workloads, rounds, shape, limits)
     share = median(prefill) / prefill_limit(shape.model, limits)
     print(f"prefill   {median(prefill):.0f} tok/s, {share:.0%} of the matrix rate")
+    for num_streams in sorted({min(args.streams), max(args.streams)}):
+        workload = Workload(num_streams, args.prompt_len, args.output_len)
+        print(profile_steps(engine, workload, seed=2000 + num_streams).describe(num_streams))
 
 
 def _print_table(workloads: list[Workload], rounds: list[list[Timings]], shape: Shape, limits: Limits) -> None:

@@ -63,6 +63,35 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_streams():
     assert run.tokens(second) == naive_greedy(PROMPT, 5, stops_at_eos=False)
 
 
+class UnreadableTokens(list):
+    """Tokens that can grow but not be gone through, save for a block of them."""
+
+    def __iter__(self):
+        raise AssertionError("a step went through all tokens of a sequence")
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            assert len(range(*key.indices(len(self)))) <= 4, "a step copied more than a block of a sequence's tokens"
+        return super().__getitem__(key)
+
+
+def test_a_decode_step_does_not_go_through_what_a_sequence_has_so_far():
+    engine = tiny_engine(block_size=4)
+    sequences = [
+        engine.sequences_of(GenerationRequest("r", tuple(prompt), SamplingParams(max_tokens=40, ignore_eos=True)))[0]
+        for prompt in ([5] * 20, [6, 7] * 9)
+    ]
+    for seq in sequences:
+        engine.add(seq)
+    while any(seq.num_output_tokens == 0 for seq in sequences):
+        engine.step()
+    for seq in sequences:
+        seq.token_ids = UnreadableTokens(seq.token_ids)
+    while engine.has_work:
+        assert all(delta.output.finish_reason in (None, "length") for delta in engine.step())
+    assert [seq.num_output_tokens for seq in sequences] == [40, 40]
+
+
 def test_preemption_recomputes_and_changes_nothing():
     run = Run(tiny_engine(num_kv_blocks=24, max_num_batched_tokens=64, enable_prefix_caching=False))
     ids = [run.submit(prompt=PROMPT[i : i + 20], max_tokens=40)[0] for i in range(4)]
