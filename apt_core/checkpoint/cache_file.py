@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 _NO_DIGEST = "0" * 64
 _ABANDONED_AFTER_S = 3600.0
-_ITEM_SIZES = {"F32": 4, "BF16": 2, "U8": 1}
+_ITEM_SIZES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StoredTensor:
     """A tensor as a header describes it."""
 
     dtype: str
-    """As safetensors spells it: F32, BF16 or U8."""
+    """As safetensors spells it: F32, BF16, F16 or U8."""
     shape: tuple[int, ...]
 
     @property

@@ -30,6 +30,13 @@ class Checkpoint:
 
     weight_format: WeightFormat | None = None
     """How linear layers are stored in fewer bits; None if they are not."""
+    quantized_files: tuple[WeightFile, ...] = ()
+    """Of a GGUF, what it has in 4 bits; ``weight_files`` holds the same dequantized."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are there in fewer bits only: they stay so, unless another precision is asked for."""
+        return self.weight_format is not None and not self.quantized_files
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor | StoredWeight]]:
         """Hugging Face parameter name and its CPU tensor in stored dtype, or its quantized weight, one at a time.
@@ -42,9 +49,12 @@ class Checkpoint:
         """
         if self.weight_format is None:
             return read_tensors(self.weight_files)
-        return read_weights(self.weight_files, self.weight_format)
+        return read_weights(self.weight_files + self.quantized_files, self.weight_format)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As ``weights``, with quantized weights dequantized to float32."""
+        if not self.is_quantized:
+            yield from read_tensors(self.weight_files)
+            return
         for name, weight in self.weights():
             yield name, weight if isinstance(weight, torch.Tensor) else weight.dequantize()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from apt_core.checkpoint.formats.gguf_q4 import q4_parts
 from apt_core.checkpoint.gguf_file import GGUFFile, GGUFTensor
 from apt_core.model_config import ModelConfig
 
@@ -51,7 +53,15 @@ class HFTensor:
 
     def values(self) -> npt.NDArray[np.float32]:
         """Dequantized, in Hugging Face's order of rows."""
-        values = self.source.dequantize()
+        return self._ordered(self.source.dequantize())
+
+    def q4_parts(self) -> dict[str, npt.NDArray[Any]]:
+        """Its own 4-bit values by name, if it is a linear layer's matrix that has such; see formats/gguf_q4.py."""
+        module = self.name.removesuffix(".weight")
+        parts = q4_parts(module, self.source.stored.tensor_type, self.source.stored.data)
+        return {f"{module}.{part}": np.ascontiguousarray(self._ordered(values)) for part, values in parts.items()}
+
+    def _ordered(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return unpermute(values, self.num_permuted_heads) if self.num_permuted_heads else values
 
 
@@ -73,7 +83,7 @@ def hf_tensors(file: GGUFFile, config: ModelConfig) -> Iterator[HFTensor]:
         yield HFTensor(name, tensor, heads)
 
 
-def unpermute(values: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+def unpermute(values: npt.NDArray[Any], num_heads: int) -> npt.NDArray[Any]:
     """Undo llama.cpp's reordering of the rows of q and k (convert_hf_to_gguf.py, LlamaModel.permute).
 
     llama.cpp rotates neighbouring dimensions (0, 1), (2, 3) of a head, Hugging Face dimensions half a head apart.

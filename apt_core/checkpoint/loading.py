@@ -40,7 +40,7 @@ def load_into(
     """
     wanted = dict(model.named_parameters())
     unexpected: list[str] = []
-    for name, weight in checkpoint.weights():
+    for name, weight in checkpoint.weights() if keeps_quantized else checkpoint.tensors():
         parameter = wanted.pop(name, None)
         if parameter is None:
             if not _is_redundant(name, weight, checkpoint):
@@ -49,10 +49,12 @@ def load_into(
         _check_shape(checkpoint, name, weight, parameter)
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        if keeps_quantized and not isinstance(weight, torch.Tensor) and isinstance(owner, nn.Linear):
+        if not isinstance(weight, torch.Tensor):
+            assert isinstance(owner, nn.Linear)
             model.set_submodule(owner_name, QuantizedLinear([weight], owner.bias))
         else:
-            loaded = _loaded(weight, dtype=dtype, device=device)
+            loaded = torch.empty(weight.shape, dtype=dtype, device=device)
+            loaded.copy_(weight)
             setattr(owner, attribute, nn.Parameter(loaded, requires_grad=parameter.requires_grad))
     for names, kind in ((list(wanted), "missing from"), (unexpected, "not expected in")):
         if names:
@@ -82,15 +84,6 @@ def _check_shape(
     if isinstance(weight, torch.Tensor) and not (weight.is_floating_point() and weight.itemsize >= 2):
         problem = f"has element type {weight.dtype}, expected floats of 16 bits or more"
         raise CheckpointError(problem, file=checkpoint.path, field=name)
-
-
-def _loaded(weight: torch.Tensor | StoredWeight, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A copy in the memory of the model."""
-    if not isinstance(weight, torch.Tensor):
-        return weight.dequantize(dtype).to(device)
-    loaded = torch.empty(weight.shape, dtype=dtype, device=device)
-    loaded.copy_(weight)
-    return loaded
 
 
 def _listing(names: list[str]) -> str:

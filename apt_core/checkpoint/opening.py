@@ -9,6 +9,7 @@ from pathlib import Path
 from apt_core.checkpoint import gguf_import
 from apt_core.checkpoint.checkpoint import Checkpoint
 from apt_core.checkpoint.formats import WeightFormat, parse_weight_format
+from apt_core.checkpoint.formats.gguf_q4 import GGUFQ4
 from apt_core.checkpoint.hf_config import parse_generation_config, parse_model_config
 from apt_core.checkpoint.safetensors_reader import WeightFile, find_weight_files
 from apt_core.checkpoint.sources import locate
@@ -28,6 +29,7 @@ class _Parts:
     weight_files: tuple[WeightFile, ...]
     weight_format: WeightFormat | None
     tokenizer_files: TokenizerFiles
+    quantized_files: tuple[WeightFile, ...] = ()
 
 
 def open_checkpoint(source: str, *, tokenizer: str | None = None) -> Checkpoint:
@@ -54,6 +56,7 @@ def open_checkpoint(source: str, *, tokenizer: str | None = None) -> Checkpoint:
         tokenizer=built,
         weight_files=parts.weight_files,
         weight_format=parts.weight_format,
+        quantized_files=parts.quantized_files,
     )
 
 
@@ -78,7 +81,8 @@ def _open_gguf(path: Path, override: TokenizerFiles | None) -> _Parts:
         config=parse_document(documents[gguf_import.CONFIG], path),
         generation=parse_document(documents[gguf_import.GENERATION_CONFIG], path),
         weight_files=(entry.weights,),
-        weight_format=None,
+        weight_format=GGUFQ4() if entry.q4_parts else None,
+        quantized_files=(entry.q4_parts,) if entry.q4_parts else (),
         tokenizer_files=override or _gguf_tokenizer_files(documents, path),
     )
 

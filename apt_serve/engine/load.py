@@ -66,7 +66,8 @@ def load(config: EngineConfig) -> LoadedModel:
     model = cache.read() if cache is not None else None
     if model is None:
         model = build_model(checkpoint.config)
-        load_into(model, checkpoint, dtype=dtype, device=device, keeps_quantized=_keeps_quantized(dtype, device))
+        keeps_quantized = _keeps_quantized(checkpoint, precision, dtype, device)
+        load_into(model, checkpoint, dtype=dtype, device=device, keeps_quantized=keeps_quantized)
         model.eval().requires_grad_(False)
         fuse_projections(model)
         pack_linears(model, precision, head_precision)
@@ -134,9 +135,12 @@ def _weight_precision(
     return precision
 
 
-def _keeps_quantized(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether weights of a quantized checkpoint stay in its format until they are packed."""
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+def _keeps_quantized(
+    checkpoint: Checkpoint, precision: WeightPrecision | None, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether weights in fewer bits stay so until they are packed; a GGUF's 4 bits only if int4 is asked for."""
+    is_packed = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    return is_packed and (checkpoint.is_quantized or precision == "int4")
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

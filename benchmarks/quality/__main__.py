@@ -111,7 +111,8 @@ def _windows(checkpoint: Checkpoint, text: str, count: int, length: int) -> list
 
 def _load(checkpoint: Checkpoint, variant: Variant) -> DecoderForCausalLM:
     model = build_model(checkpoint.config)
-    load_into(model, checkpoint, dtype=variant.dtype, device=torch.device("cpu"))
+    keeps_quantized = checkpoint.is_quantized or variant.precision == "int4"
+    load_into(model, checkpoint, dtype=variant.dtype, device=torch.device("cpu"), keeps_quantized=keeps_quantized)
     model.eval().requires_grad_(False)
     fuse_projections(model)
     pack_linears(model, variant.precision)
