@@ -25,5 +25,5 @@ __all__ = [
     "quantize_int8",
 ]
 
-QUANTIZATION_VERSION = 2
+QUANTIZATION_VERSION = 1
 """Raised whenever the same weights would get other values in int8 or int4: packed weights are kept on disk."""

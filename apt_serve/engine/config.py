@@ -32,8 +32,8 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Type of weights and activations. auto: bfloat16 where the device computes in it, else float32."""
     weight_precision: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
-    """What the linear layers' weights are kept in on a processor; int8 and int4 are made at load time. auto: as a quantized
-    checkpoint has them, else dtype."""
+    """What the linear layers' weights are kept in on a processor; int8 and int4 are made at load time. auto: as a
+    quantized checkpoint has them, else dtype."""
     lm_head_precision: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
     """The same for the output head (lm_head), tied or not. auto: weight_precision, but int8 with int4, as 4 bits in the
     head alone cost about 5 % of perplexity."""
