@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from apt_core.checkpoint import open_checkpoint
-from apt_core.checkpoint.gguf_cache import cache_folder
+from apt_core.checkpoint.cache_file import cache_folder
 from apt_core.checkpoint.gguf_import import CONFIG, TOKENIZER, TOKENIZER_CONFIG, import_gguf
 from apt_core.checkpoint.hf_config import parse_model_config
 from apt_core.document import Document

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from apt_core.checkpoint.gguf_cache import cache_folder
+from apt_core.checkpoint.cache_file import cache_folder
 from apt_core.checkpoint.hf_config import parse_model_config
 from apt_core.document import Document
 from apt_core.metadata import AttentionMetadata

@@ -1,0 +1,89 @@
+"""Weights as quantized checkpoints store them: what a packed product takes of them, and several side by side."""
+
+import pytest
+import torch
+
+from apt_core.quantization import GroupedWeight, own_precision, pack_weight, pack_weights, quantize_int4, quantize_int8
+from apt_core.quantization.int4 import Int4Tensor
+from apt_core.quantization.int8 import Int8Tensor
+from apt_kernels import ops
+
+
+def grouped(group_size, num_bits=4, num_in=512, dtype=torch.float32, zeros=None):
+    torch.manual_seed(0)
+    scales = (torch.rand(20, num_in // group_size) + 0.1).to(dtype)
+    if zeros is None:
+        zeros = torch.randint(0, 2**num_bits, scales.shape)
+    codes = torch.randint(0, 2**num_bits, (20, num_in), dtype=torch.uint8)
+    return GroupedWeight(codes, scales, torch.as_tensor(zeros).expand(scales.shape).to(torch.uint8), num_bits)
+
+
+@pytest.mark.parametrize(("group_size", "kept"), [(32, 32), (64, 64), (96, 32), (128, 128), (512, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int4_moves_a_weight_by_less_than_2_percent_of_a_step(group_size, kept, dtype):
+    weight = grouped(group_size, num_in=group_size * 4, dtype=dtype)
+    form = weight.kernel_form()
+    assert isinstance(form, Int4Tensor) and form.group_size == kept
+    assert torch.equal(form.values, weight.codes)
+    steps = weight.scales.float().repeat_interleave(group_size, 1)
+    assert ((form.dequantize() - weight.dequantize()).abs() / steps).max() < 0.02
+
+
+def test_symmetric_codes_with_float16_scales_are_exact_in_int4():
+    weight = grouped(32, dtype=torch.float16, zeros=8)
+    assert torch.equal(weight.kernel_form().dequantize(), weight.dequantize())
+
+
+def test_one_scale_an_output_is_exact_in_int8():
+    weight = grouped(512, num_bits=8, zeros=128)
+    form = weight.kernel_form()
+    assert isinstance(form, Int8Tensor)
+    assert torch.equal(form.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [grouped(64, num_bits=8), grouped(512, num_bits=8, zeros=0), grouped(16)],
+    ids=["8 bits in groups", "beyond int8", "small groups"],
+)
+def test_what_no_product_takes(weight):
+    assert weight.kernel_form() is None
+    assert own_precision([weight]) == "bfloat16"
+
+
+def test_scales_beyond_float16_are_no_int4():
+    weight = grouped(32)
+    weight.scales[0, 0] = 1e5
+    assert weight.kernel_form() is None
+
+
+def test_parts_side_by_side_are_packed_as_each_alone():
+    """In one group size: the outputs of the whole are those of its parts."""
+    x = torch.randn(3, 512)
+    parts = [grouped(64).kernel_form(), quantize_int4(torch.randn(10, 512), 64)]
+    whole = ops.packed_linear(x, pack_weights(parts, "int4"))
+    alone = [ops.packed_linear(x, pack_weight(part, "int4")) for part in parts]
+    assert torch.equal(whole, torch.cat(alone, 1))
+
+
+def test_groups_of_different_sizes_take_the_smallest():
+    parts = [grouped(128), torch.randn(7, 512)]
+    packed = pack_weights(parts, "int4")
+    assert packed.out_features == 27
+    x = torch.randn(5, 512)
+    expected = x @ torch.cat([parts[0].dequantize(), quantize_int4(parts[1]).dequantize()]).T
+    assert (ops.packed_linear(x, packed) - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("parts", "precision"),
+    [
+        ([grouped(32), grouped(64)], "int4"),
+        ([quantize_int8(torch.randn(4, 64))], "int8"),
+        ([grouped(32), quantize_int8(torch.randn(4, 512))], "bfloat16"),
+        ([grouped(32), torch.randn(4, 512).bfloat16()], "bfloat16"),
+        ([grouped(32), torch.randn(4, 512)], "float32"),
+    ],
+)
+def test_the_precision_of_parts_side_by_side(parts, precision):
+    assert own_precision(parts) == precision
