@@ -70,7 +70,14 @@ class QuantizedLinear(nn.Module):
 
 
 def fused_linear(parts: Sequence[nn.Linear | QuantizedLinear]) -> nn.Linear | QuantizedLinear:
-    """One layer whose output is the outputs of the parts side by side; the parts' inputs must be the same."""
+    """One layer whose output is the outputs of the parts side by side; the parts' inputs must be the same.
+
+    Parts on the meta device make one there, without torch.cat, at whose first call on it torch imports for seconds.
+    """
+    unloaded = [part for part in parts if isinstance(part, Linear) and part.weight.is_meta]
+    if len(unloaded) == len(parts):
+        first, num_outputs = unloaded[0], sum(part.out_features for part in unloaded)
+        return Linear(first.in_features, num_outputs, bias=first.bias is not None, device="meta")
     biases = [part.bias for part in parts if part.bias is not None]
     bias = torch.cat([bias.detach() for bias in biases]) if biases else None
     linears = [part for part in parts if isinstance(part, nn.Linear)]

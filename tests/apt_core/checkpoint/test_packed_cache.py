@@ -25,6 +25,7 @@ from apt_core.quantization import QUANTIZATION_VERSION, pack_weight, quantize_in
 from apt_core.registry import build_model
 from apt_kernels import ops
 from apt_kernels.cpu import native
+from tests.apt_core.checkpoint.formats.test_awq import save as save_awq
 from tests.apt_core.checkpoint.tiny import hf_model, save_folder, write_gguf
 
 pytestmark = pytest.mark.skipif(not native.is_enabled(), reason="the C++ ops are off")
@@ -77,7 +78,7 @@ def start(source: Path, precision: Any = "int4", head: Any = None, dtype: torch.
     if (found := cache.read()) is not None:
         return Started(found, True)
     model = build_model(checkpoint.config)
-    load_into(model, checkpoint, dtype=dtype, device=torch.device("cpu"))
+    load_into(model, checkpoint, dtype=dtype, device=torch.device("cpu"), keeps_quantized=True)
     model.eval().requires_grad_(False)
     fuse_projections(model)
     pack_linears(model, precision, head)
@@ -119,6 +120,16 @@ def test_a_gguf_has_an_entry_too(cache: Path, tmp_path: Path) -> None:
 
     assert (miss.is_hit, hit.is_hit) == (False, True)
     assert torch.equal(hit.logits(), miss.logits())
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_a_quantized_checkpoint_has_an_entry_too(cache: Path, tmp_path: Path, precision) -> None:
+    source = save_awq(tmp_path / "model").folder
+    miss, hit = start(source, precision), start(source, precision)
+
+    assert (miss.is_hit, hit.is_hit) == (False, True)
+    assert torch.equal(hit.logits(), miss.logits())
+    assert str(hit.model) == str(miss.model)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +308,34 @@ def test_a_cache_that_cannot_be_written_costs_speed_only(
     assert not start(source).is_hit
 
 
+IMPORTS = """
+import os, sys
+from apt_core.checkpoint import PackedCache, open_checkpoint
+import torch
+os.environ["APT_CACHE"] = sys.argv[2]
+before = set(sys.modules)
+cache = PackedCache(open_checkpoint(sys.argv[1]), dtype=torch.bfloat16, precision="int4", head_precision=None)
+assert cache.read() is not None
+print(sorted(name for name in set(sys.modules) - before if name.startswith(("sympy", "torch._refs"))))
+"""
+
+
+def test_a_hit_does_not_make_torch_import_its_compiler(source: Path, cache: Path) -> None:
+    """As concatenating tensors on the meta device does, which takes longer than the cache saves."""
+    start(source)
+    command = [sys.executable, "-c", IMPORTS, str(source), str(cache.parent)]
+    assert subprocess.run(command, env=environment(), check=True, stdout=PIPE, text=True).stdout == "[]\n"
+
+
 ROOT = Path(__file__).parents[3]
+
+
+def environment() -> dict[str, str]:
+    """Of another process, which finds this checkout and the compiled ops."""
+    inherited = {name: value for name, value in os.environ.items() if name != "APT_CACHE"}
+    return inherited | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+
+
 START = """
 import hashlib, os, sys
 from pathlib import Path
@@ -311,10 +349,8 @@ for _ in range(5):
 
 
 def test_processes_that_start_at_once_all_get_whole_weights(source: Path, cache: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    environment.pop("APT_CACHE")
     command = [sys.executable, "-c", START, str(source), str(cache.parent)]
-    processes = [subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment) for _ in range(2)]
+    processes = [subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=environment()) for _ in range(2)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
