@@ -358,7 +358,7 @@ def test_processes_that_start_at_once_all_get_whole_weights(source: Path, cache:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    digests = [digest for process in processes for digest in process.communicate(timeout=60)[0].split()]
+    digests = [digest for process in processes for digest in process.communicate(timeout=120)[0].split()]
 
     expected = start(source)
     assert expected.is_hit
