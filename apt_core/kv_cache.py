@@ -14,20 +14,37 @@ CACHE_LINE = 64
 """Bytes; keys and values begin on one."""
 
 
+SCALE_DTYPE = torch.float32
+"""Of the scales of an int8 cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKVCache:
-    """Paged keys and values of one layer, each [N, P, K, D]."""
+    """Paged keys and values of one layer, each [N, P, K, D]; int8 ones with a scale for each token and head."""
 
     keys: torch.Tensor
     values: torch.Tensor
+    key_scales: torch.Tensor | None = None
+    """float32 [N, P, K]; None unless keys are int8."""
+    value_scales: torch.Tensor | None = None
 
 
 def allocate_kv_cache(
     config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[LayerKVCache]:
-    """An empty cache for every layer. On a processor its memory is taken only as blocks are first used."""
-    shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-    return [LayerKVCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(config.num_layers)]
+    """An empty cache for every layer. On a processor its memory is taken only as blocks are first used.
+
+    Within a block the tokens of a head lie side by side, and so do their scales: attention reads a head at a time.
+    """
+    shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+
+    def rows() -> torch.Tensor:
+        return _zeros(shape, dtype, device).transpose(1, 2)
+
+    def scales() -> torch.Tensor | None:
+        return _zeros(shape[:3], SCALE_DTYPE, device).transpose(1, 2) if dtype == torch.int8 else None
+
+    return [LayerKVCache(rows(), rows(), scales(), scales()) for _ in range(config.num_layers)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -41,5 +58,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values one token takes over all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+    """Bytes of keys and values one token takes over all layers, with their scales if dtype is int8."""
+    scale_bytes = SCALE_DTYPE.itemsize if dtype == torch.int8 else 0
+    return 2 * config.num_layers * config.num_kv_heads * (config.head_dim * dtype.itemsize + scale_bytes)

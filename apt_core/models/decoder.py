@@ -106,6 +106,8 @@ class Decoder(nn.Module):
             rotary.sin,
             key_caches=[cache.keys for cache in kv_cache],
             value_caches=[cache.values for cache in kv_cache],
+            key_scales=[cache.key_scales for cache in kv_cache],
+            value_scales=[cache.value_scales for cache in kv_cache],
             slot_mapping=metadata.slot_mapping,
             cu_seqlens_q=metadata.cu_seqlens_q,
             context_lens=metadata.context_lens,
@@ -213,6 +215,8 @@ class Attention(nn.Module):
             cache.values,
             metadata.slot_mapping,
             num_heads=self.num_heads,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
             query_weight=self.q_norm.weight if self.has_qk_norm else None,
             key_weight=self.k_norm.weight if self.has_qk_norm else None,
             eps=self.norm_eps,
@@ -227,6 +231,8 @@ class Attention(nn.Module):
             num_decodes=metadata.num_decodes,
             scale=self.scale,
             window=self.window,
+            key_scales=cache.key_scales,
+            value_scales=cache.value_scales,
         )
 
     def fuse(self) -> None:

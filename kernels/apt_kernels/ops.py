@@ -96,6 +96,8 @@ def rope_and_store_kv(
     slot_mapping: torch.Tensor,
     *,
     num_heads: int,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     query_weight: torch.Tensor | None = None,
     key_weight: torch.Tensor | None = None,
     eps: float = 0.0,
@@ -108,16 +110,17 @@ def rope_and_store_kv(
     num_kv_heads, head_dim = key_cache.shape[2:]
     width = (num_heads + 2 * num_kv_heads) * head_dim
     _require(qkv.dim() == 2 and qkv.shape[1] == width, "qkv", f"must be [T, {width}], got {tuple(qkv.shape)}")
-    _require(key_cache.shape == value_cache.shape, "value_cache", "must have key_cache's shape")
+    _check_caches(key_cache, value_cache, key_scales, value_scales)
     _require((query_weight is None) == (key_weight is None), "key_weight", "must be given if query_weight is")
-    if _is_native(qkv, key_cache, value_cache) and _are_alike(key_cache, value_cache):
+    if _is_native(qkv) and _has_native_cache(qkv, key_cache, value_cache, key_scales, value_scales):
         out: torch.Tensor = torch.ops.apt_cpu.rope_and_store_kv(
-            *(qkv, cos, sin, key_cache, value_cache, slot_mapping),
+            *(qkv, cos, sin, key_cache, value_cache, key_scales, value_scales, slot_mapping),
             *(num_heads, num_kv_heads, query_weight, key_weight, eps),
         )
         return out
     return reference.rope_and_store_kv(
-        qkv, cos, sin, key_cache, value_cache, slot_mapping, num_heads, query_weight, key_weight, eps
+        *(qkv, cos, sin, key_cache, value_cache, slot_mapping),
+        *(num_heads, query_weight, key_weight, eps, key_scales, value_scales),
     )
 
 INT4_GROUP_SIZES = (32, 64, 128)
@@ -136,6 +139,8 @@ def paged_attention(
     num_decodes: int,
     scale: float,
     window: int | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention over a paged KV cache; see `reference.paged_attention`.
 
@@ -146,24 +151,23 @@ def paged_attention(
         ValueError: shapes or dtypes that do not fit together; names the argument.
     """
     _check_heads(query, key_cache.shape[2], "key_cache")
-    _require(key_cache.shape == value_cache.shape, "value_cache", "must have key_cache's shape")
+    _check_caches(key_cache, value_cache, key_scales, value_scales)
     num_seqs = context_lens.shape[0]
     _require(cu_seqlens_q.shape[0] == num_seqs + 1, "cu_seqlens_q", "must have one more entry than context_lens")
     _require(block_tables.shape[0] == num_seqs, "block_tables", "must have one row per sequence")
     _require(window is None or window > 0, "window", f"must be positive, got {window}")
     can_tile = query.shape[2] % 16 == 0 and scale > 0
-    if can_tile and _is_native(query, key_cache, value_cache) and _are_alike(key_cache, value_cache):
+    layout = (cu_seqlens_q, context_lens, block_tables)
+    if can_tile and _is_native(query) and _has_native_cache(query, key_cache, value_cache, key_scales, value_scales):
         out: torch.Tensor = torch.ops.apt_cpu.paged_attention(
-            query, key_cache, value_cache, cu_seqlens_q, context_lens, block_tables, scale, window
+            query, key_cache, value_cache, key_scales, value_scales, *layout, scale, window
         )
         return out
     if query.device.type == "cpu":
         return cpu_attention.paged_attention(
-            query, key_cache, value_cache, cu_seqlens_q, context_lens, block_tables, num_decodes, scale, window
+            query, key_cache, value_cache, *layout, num_decodes, scale, window, key_scales, value_scales
         )
-    return reference.paged_attention(
-        query, key_cache, value_cache, cu_seqlens_q, context_lens, block_tables, scale, window
-    )
+    return reference.paged_attention(query, key_cache, value_cache, *layout, scale, window, key_scales, value_scales)
 
 
 def varlen_attention(
@@ -260,8 +264,19 @@ def _is_native(x: torch.Tensor, *others: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() or not (x.requires_grad or any(other.requires_grad for other in others))
 
 
-def _are_alike(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
-    return key_cache.stride() == value_cache.stride() and key_cache.stride(3) == 1
+def _has_native_cache(
+    x: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> bool:
+    """Whether the C++ ops know the cache: of x's dtype or int8, keys and values laid out alike."""
+    if key_cache.stride() != value_cache.stride() or key_cache.stride(3) != 1:
+        return False
+    if key_scales is None or value_scales is None:
+        return key_cache.dtype == value_cache.dtype == x.dtype
+    return key_scales.stride() == value_scales.stride()
 
 
 def pack_linear_weight(weight: torch.Tensor) -> PackedWeight:
@@ -320,6 +335,22 @@ def packed_linear(
     if x.dtype in NATIVE_DTYPES and wanted in NATIVE_DTYPES:
         return weight.linear(x, bias, wanted)
     return weight.linear(x.float(), bias, torch.float32).to(wanted)
+
+
+def _check_caches(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> None:
+    """Both caches [N, P, K, D]; int8 ones with scales [N, P, K], others without."""
+    _require(key_cache.shape == value_cache.shape, "value_cache", "must have key_cache's shape")
+    for name, cache, scales in (("key", key_cache, key_scales), ("value", value_cache, value_scales)):
+        if cache.dtype == torch.int8:
+            fits = scales is not None and scales.shape == cache.shape[:3] and scales.dtype == torch.float32
+            _require(fits, f"{name}_scales", "must be float32 [N, P, K] with an int8 cache")
+        else:
+            _require(scales is None, f"{name}_scales", f"go with an int8 cache, not {cache.dtype}")
 
 
 def _check_heads(query: torch.Tensor, num_kv_heads: int, name: str) -> None:

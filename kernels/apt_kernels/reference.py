@@ -48,13 +48,31 @@ def store_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> None:
-    """Write each token's key and value [T, K, D] into its slot of the caches [N, P, K, D]; slot -1 is skipped."""
+    """Write each token's key and value [T, K, D] into its slot of the caches [N, P, K, D]; slot -1 is skipped.
+
+    Args:
+        key_scales, value_scales: float32 [N, P, K] of int8 caches: each token's head is its scale times its integers,
+            the largest magnitude at 127.
+    """
     is_stored = slot_mapping >= 0
     if not bool(is_stored.all()):
         slot_mapping, key, value = slot_mapping[is_stored], key[is_stored], value[is_stored]
-    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
-    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)
+    places = (slot_mapping // key_cache.shape[1], slot_mapping % key_cache.shape[1])
+    for x, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
+        if scales is None:
+            cache[places] = x
+        else:
+            integers, x_scales = quantize_rows(x.flatten(0, 1), x.shape[2])
+            cache[places] = integers.view(x.shape).to(cache.dtype)
+            scales[places] = x_scales.view(x.shape[:2])
+
+
+def dequantize_kv(cache: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values [..., D] of an int8 cache with scales [...], in dtype; those of any other cache as they are."""
+    return cache if scales is None else (cache.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def rope_and_store_kv(
@@ -68,6 +86,8 @@ def rope_and_store_kv(
     query_weight: torch.Tensor | None,
     key_weight: torch.Tensor | None,
     eps: float,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """From the projections of packed tokens to rotated queries, with keys and values stored.
 
@@ -76,6 +96,7 @@ def rope_and_store_kv(
         cos, sin: [T, D/2], of qkv's dtype.
         key_cache, value_cache: [N, P, K, D]. slot_mapping: [T] int64; slot -1 is skipped.
         query_weight, key_weight: [D], of the RMSNorm before the rotation (Qwen 3); None without one. eps: theirs.
+        key_scales, value_scales: of int8 caches, see `store_kv`.
 
     Returns:
         The rotated queries [T, H, D].
@@ -85,7 +106,7 @@ def rope_and_store_kv(
     query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if query_weight is not None and key_weight is not None:
         query, key = rms_norm(query, query_weight, eps), rms_norm(key, key_weight, eps)
-    store_kv(apply_rope(key, cos, sin), value, key_cache, value_cache, slot_mapping)
+    store_kv(apply_rope(key, cos, sin), value, key_cache, value_cache, slot_mapping, key_scales, value_scales)
     return apply_rope(query, cos, sin)
 
 
@@ -98,6 +119,8 @@ def paged_attention(
     block_tables: torch.Tensor,
     scale: float,
     window: int | None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed queries over a paged KV cache, prefill and decode mixed.
 
@@ -108,6 +131,7 @@ def paged_attention(
         key_cache, value_cache: [N, P, K, D]; H is a multiple of K.
         cu_seqlens_q: [B+1] int32. context_lens: [B] int32. block_tables: [B, max_blocks] int32.
         scale: multiplies the scores. window: a query sees at most this many keys, itself included.
+        key_scales, value_scales: of int8 caches, see `store_kv`.
 
     Returns:
         [T, H, D].
@@ -117,8 +141,11 @@ def paged_attention(
     starts, contexts = cu_seqlens_q.tolist(), context_lens.tolist()
     for b, context_len in enumerate(contexts):
         blocks = block_tables[b, : -(-context_len // block_size)].long()
-        keys = key_cache[blocks].flatten(0, 1)[:context_len]
-        values = value_cache[blocks].flatten(0, 1)[:context_len]
+        keys, values = (
+            dequantize_kv(cache[blocks], None if scales is None else scales[blocks], torch.float32)
+            for cache, scales in ((key_cache, key_scales), (value_cache, value_scales))
+        )
+        keys, values = (x.flatten(0, 1)[:context_len] for x in (keys, values))
         rows = slice(starts[b], starts[b + 1])
         out[rows] = _attend(query[rows], keys, values, scale, window)
     return out

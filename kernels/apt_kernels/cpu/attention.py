@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from apt_kernels.reference import causal_mask
+from apt_kernels.reference import causal_mask, dequantize_kv
 
 
 def paged_attention(
@@ -20,22 +20,26 @@ def paged_attention(
     num_decodes: int,
     scale: float,
     window: int | None,
+    key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
 ) -> torch.Tensor:
     """As `reference.paged_attention`; the leading num_decodes sequences, of one query each, run as dense batches."""
     out = torch.empty_like(query)
     contexts = context_lens.tolist()
+    caches = ((key_cache, key_scales), (value_cache, value_scales))
+
+    def gather(tables: torch.Tensor, length: int) -> list[torch.Tensor]:
+        return [_gather(cache, scales, tables, length, query.dtype) for cache, scales in caches]
+
     for padded_len, rows in _buckets(contexts[:num_decodes]).items():
         index = torch.tensor(rows)
-        out[index] = _decode(
-            query[index], key_cache, value_cache, context_lens[index], block_tables[index], padded_len, scale, window
-        )
+        keys, values = gather(block_tables[index], padded_len)
+        out[index] = _decode(query[index], keys, values, context_lens[index], scale, window)
     starts = cu_seqlens_q.tolist()
     for b in range(num_decodes, len(contexts)):
         rows_of_b = slice(starts[b], starts[b + 1])
-        keys, values = (
-            _gather(cache, block_tables[b : b + 1], contexts[b])[0] for cache in (key_cache, value_cache)
-        )
-        out[rows_of_b] = _attend(query[rows_of_b], keys, values, scale, window)
+        keys, values = gather(block_tables[b : b + 1], contexts[b])
+        out[rows_of_b] = _attend(query[rows_of_b], keys[0], values[0], scale, window)
     return out
 
 
@@ -65,31 +69,34 @@ def _buckets(context_lens: list[int]) -> dict[int, list[int]]:
     return buckets
 
 
-def _gather(cache: torch.Tensor, block_tables: torch.Tensor, length: int) -> torch.Tensor:
-    """Blocks of each sequence side by side: [N, P, K, D] and [B, max_blocks] -> [B, length, K, D].
+def _gather(
+    cache: torch.Tensor, scales: torch.Tensor | None, block_tables: torch.Tensor, length: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Blocks of each sequence side by side: [N, P, K, D] and [B, max_blocks] -> [B, length, K, D]; an int8 cache in dtype.
 
     Where a table is shorter than the length, its sequence is padded with block 0, which the caller masks.
     """
     num_blocks = -(-length // cache.shape[1])
     tables = F.pad(block_tables, (0, max(num_blocks - block_tables.shape[1], 0)))[:, :num_blocks]
-    gathered = cache.index_select(0, tables.reshape(-1))
-    return gathered.view(tables.shape[0], -1, *cache.shape[2:])[:, :length]
+    blocks = tables.reshape(-1)
+    gathered = dequantize_kv(
+        cache.index_select(0, blocks), None if scales is None else scales.index_select(0, blocks), dtype
+    )
+    return gathered.reshape(tables.shape[0], -1, *cache.shape[2:])[:, :length]
 
 
 def _decode(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     context_lens: torch.Tensor,
-    block_tables: torch.Tensor,
-    padded_len: int,
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """One query a sequence, [B, H, D]: the heads that share a kv head are the rows of one small matrix product."""
-    num_kv_heads = key_cache.shape[2]
-    keys, values = (_gather(cache, block_tables, padded_len).transpose(1, 2) for cache in (key_cache, value_cache))
-    k_pos = torch.arange(padded_len)
+    """One query a sequence, [B, H, D], over padded keys and values [B, L, K, D]: the heads that share a kv head are the rows of one small matrix product."""
+    num_kv_heads = keys.shape[2]
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    k_pos = torch.arange(keys.shape[2])
     mask = k_pos < context_lens.unsqueeze(1)
     if window is not None:
         mask &= k_pos >= context_lens.unsqueeze(1) - window

@@ -26,7 +26,7 @@ import torch
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
-QUIET = ("-Wno-psabi", "-Wno-maybe-uninitialized")
+QUIET = ("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 """What GCC 12 says about its own vector types and headers."""
 KERNEL_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast", *QUIET)
 """No -ffast-math: infinities and NaN keep their meaning, and sums their order."""

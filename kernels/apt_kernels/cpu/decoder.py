@@ -82,6 +82,8 @@ class DecoderLayers:
         *,
         key_caches: list[torch.Tensor],
         value_caches: list[torch.Tensor],
+        key_scales: list[torch.Tensor | None],
+        value_scales: list[torch.Tensor | None],
         slot_mapping: torch.Tensor,
         cu_seqlens_q: torch.Tensor,
         context_lens: torch.Tensor,
@@ -92,11 +94,12 @@ class DecoderLayers:
         Args:
             x: bfloat16.
             cos, sin: [T, D/2].
-            key_caches, value_caches: one for each layer.
+            key_caches, value_caches: one for each layer. key_scales, value_scales: theirs if they are int8.
             slot_mapping: [T] int64. cu_seqlens_q: [B+1]. context_lens: [B]. block_tables: [B, max_blocks].
         """
         hidden: torch.Tensor = self._layers.forward(
-            x, cos, sin, key_caches, value_caches, slot_mapping, cu_seqlens_q, context_lens, block_tables
+            *(x, cos, sin, key_caches, value_caches, key_scales, value_scales),
+            *(slot_mapping, cu_seqlens_q, context_lens, block_tables),
         )
         return hidden
 

@@ -104,7 +104,7 @@ def _register_fakes() -> None:
     def queries(
         qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, key_cache: torch.Tensor, *rest: Any
     ) -> torch.Tensor:
-        _value_cache, _slot_mapping, num_heads, *_ = rest
+        _value_cache, _key_scales, _value_scales, _slot_mapping, num_heads, *_ = rest
         return qkv.new_empty((qkv.shape[0], num_heads, key_cache.shape[3]))
 
     def token_ids(logits: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:

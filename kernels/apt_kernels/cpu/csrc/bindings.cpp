@@ -63,10 +63,12 @@ Tensor silu_and_mul(const Tensor& gate_up) {
 }
 
 Tensor rope_and_store_kv(const Tensor& qkv, const Tensor& cos, const Tensor& sin, Tensor key_cache, Tensor value_cache,
+                         const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
                          const Tensor& slot_mapping, int64_t num_heads, int64_t num_kv_heads,
                          const std::optional<Tensor>& query_weight, const std::optional<Tensor>& key_weight,
                          double eps) {
-  check_caches(key_cache, value_cache, qkv);
+  const KVCache cache{key_cache, value_cache, key_scales, value_scales};
+  check_cache(cache, qkv);
   const int64_t tokens = qkv.size(0), dim = key_cache.size(3);
   TORCH_CHECK(key_cache.size(2) == num_kv_heads && dim % 2 == 0 && dim <= 1024, "key_cache does not fit");
   const Tensor x = operand(qkv, qkv, tokens * (num_heads + 2 * num_kv_heads) * dim, "qkv");
@@ -84,17 +86,12 @@ Tensor rope_and_store_kv(const Tensor& qkv, const Tensor& cos, const Tensor& sin
   args.query_weight = query_weight ? qw.const_data_ptr() : nullptr;
   args.key_weight = key_weight ? kw.const_data_ptr() : nullptr;
   args.query = query.mutable_data_ptr();
-  args.key_cache = key_cache.mutable_data_ptr();
-  args.value_cache = value_cache.mutable_data_ptr();
+  set_cache(args, cache);
   args.slots = slots.const_data_ptr<int64_t>();
   args.num_tokens = tokens;
   args.num_heads = num_heads;
   args.num_kv_heads = num_kv_heads;
   args.head_dim = dim;
-  args.block_size = key_cache.size(1);
-  args.block_stride = key_cache.stride(0);
-  args.slot_stride = key_cache.stride(1);
-  args.head_stride = key_cache.stride(2);
   args.eps = static_cast<float>(eps);
   args.is_bf16 = is_bf16(qkv);
   APT_DISPATCH(rope_and_store_kv, args);
@@ -102,9 +99,11 @@ Tensor rope_and_store_kv(const Tensor& qkv, const Tensor& cos, const Tensor& sin
 }
 
 Tensor paged_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                       const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
                        const Tensor& cu_seqlens_q, const Tensor& context_lens, const Tensor& block_tables,
                        double scale, std::optional<int64_t> window) {
-  check_caches(key_cache, value_cache, query);
+  const KVCache cache{key_cache, value_cache, key_scales, value_scales};
+  check_cache(cache, query);
   const Tensor q = query.contiguous();
   TORCH_CHECK(q.dim() == 3 && q.size(2) == key_cache.size(3) && q.size(2) % 16 == 0, "head_dim: a multiple of 16");
   TORCH_CHECK(q.size(1) % key_cache.size(2) == 0, "key_cache: its heads do not divide those of query");
@@ -113,8 +112,7 @@ Tensor paged_attention(const Tensor& query, const Tensor& key_cache, const Tenso
   Tensor out = at::empty_like(q);
   apt::PagedAttention args{};
   args.query = q.const_data_ptr();
-  args.key_cache = key_cache.const_data_ptr();
-  args.value_cache = value_cache.const_data_ptr();
+  set_cache(args, cache);
   args.out = out.mutable_data_ptr();
   args.cu_seqlens_q = int32_data(cu_seqlens_q, "cu_seqlens_q");
   args.context_lens = int32_data(context_lens, "context_lens");
@@ -124,11 +122,7 @@ Tensor paged_attention(const Tensor& query, const Tensor& key_cache, const Tenso
   args.table_stride = tables.size(1);
   args.num_heads = q.size(1);
   args.num_kv_heads = key_cache.size(2);
-  args.block_size = key_cache.size(1);
   args.head_dim = q.size(2);
-  args.block_stride = key_cache.stride(0);
-  args.slot_stride = key_cache.stride(1);
-  args.head_stride = key_cache.stride(2);
   args.window = window.value_or(std::numeric_limits<int64_t>::max());
   args.scale = static_cast<float>(scale);
   args.is_bf16 = is_bf16(q);
@@ -164,11 +158,11 @@ TORCH_LIBRARY_FRAGMENT(apt_cpu, m) {
   m.def("silu_and_mul(Tensor gate_up) -> Tensor");
   m.def(
       "rope_and_store_kv(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor slot_mapping, int num_heads, int num_kv_heads, Tensor? query_weight, Tensor? key_weight, float eps) "
+      "Tensor(c!)? key_scales, Tensor(d!)? value_scales, Tensor slot_mapping, int num_heads, int num_kv_heads, Tensor? query_weight, Tensor? key_weight, float eps) "
       "-> Tensor");
   m.def(
-      "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q, Tensor context_lens, "
-      "Tensor block_tables, float scale, int? window) -> Tensor");
+      "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? key_scales, Tensor? value_scales, "
+      "Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, float scale, int? window) -> Tensor");
   m.def("isa() -> str", isa);
   m.def("set_isa(str name) -> bool", set_isa);
   m.def("num_threads() -> int", num_threads);

@@ -127,14 +127,18 @@ class DecoderLayers : public torch::CustomClassHolder {
 
   // Embedded tokens [T, C] -> normed hidden states [T, C]; keys and values are stored in the caches.
   Tensor forward(const Tensor& x, const Tensor& cos, const Tensor& sin, const std::vector<Tensor>& key_caches,
-                 const std::vector<Tensor>& value_caches, const Tensor& slot_mapping, const Tensor& cu_seqlens_q,
+                 const std::vector<Tensor>& value_caches, const std::vector<OptionalTensor>& key_scales,
+                 const std::vector<OptionalTensor>& value_scales, const Tensor& slot_mapping, const Tensor& cu_seqlens_q,
                  const Tensor& context_lens, const Tensor& block_tables) const {
-    TORCH_CHECK(key_caches.size() == layers_.size() && value_caches.size() == layers_.size(), "caches: one per layer");
+    TORCH_CHECK(key_caches.size() == layers_.size() && value_caches.size() == layers_.size() &&
+                    key_scales.size() == layers_.size() && value_scales.size() == layers_.size(),
+                "caches: one per layer");
     check_norm(final_norm_, x.size(1));
     Pass pass(*this, x, slot_mapping, context_lens, block_tables);
     pass.set_rope(cos, sin);
     for (size_t i = 0; i < layers_.size(); ++i) {
-      pass.set_caches(key_caches[i], value_caches[i], i == 0 ? &cu_seqlens_q : nullptr);
+      pass.set_cache({key_caches[i], value_caches[i], key_scales[i], value_scales[i]},
+                     i == 0 ? &cu_seqlens_q : nullptr);
       pass.run(layers_[i]);
     }
     return pass.finish(final_norm_);
@@ -197,8 +201,9 @@ class DecoderLayers : public torch::CustomClassHolder {
     }
 
     // The layout is checked once, against the first layer's cache: all must have its shape.
-    void set_caches(const Tensor& keys, const Tensor& values, const Tensor* cu_seqlens_q) {
-      check_caches(keys, values, x_);
+    void set_cache(const KVCache& cache, const Tensor* cu_seqlens_q) {
+      const Tensor& keys = cache.keys;
+      check_cache(cache, x_);
       TORCH_CHECK(keys.size(2) == model_.num_kv_heads_ && keys.size(3) == model_.head_dim_, "caches: [N, P, K, D]");
       if (cu_seqlens_q != nullptr) {
         num_blocks_ = keys.size(0);
@@ -209,13 +214,8 @@ class DecoderLayers : public torch::CustomClassHolder {
         check_slots(rope_.slots, rows_, num_blocks_ * rope_.block_size);
       }
       TORCH_CHECK(keys.size(0) == num_blocks_ && keys.size(1) == rope_.block_size, "caches: all of one shape");
-      rope_.key_cache = keys.mutable_data_ptr();
-      rope_.value_cache = values.mutable_data_ptr();
-      attention_.key_cache = keys.const_data_ptr();
-      attention_.value_cache = values.const_data_ptr();
-      attention_.block_stride = rope_.block_stride = keys.stride(0);
-      attention_.slot_stride = rope_.slot_stride = keys.stride(1);
-      attention_.head_stride = rope_.head_stride = keys.stride(2);
+      apt::checks::set_cache(rope_, cache);
+      apt::checks::set_cache(attention_, cache);
     }
 
     void run(const Layer& layer) {

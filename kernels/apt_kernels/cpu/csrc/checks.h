@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "attention.h"
 
 namespace apt::checks {
@@ -30,12 +32,52 @@ inline const int32_t* int32_data(const Tensor& x, const char* name) {
   return x.const_data_ptr<int32_t>();
 }
 
-inline void check_caches(const Tensor& key_cache, const Tensor& value_cache, const Tensor& like) {
-  check_alike(key_cache, like, "key_cache");
-  check_alike(value_cache, like, "value_cache");
+// A KV cache as ops get it: of the queries' type, or int8 with scales.
+struct KVCache {
+  const Tensor& keys;    // [N, P, K, D]
+  const Tensor& values;  // alike
+  const std::optional<Tensor>& key_scales;  // float32 [N, P, K]
+  const std::optional<Tensor>& value_scales;
+};
+
+inline void check_cache(const KVCache& cache, const Tensor& like) {
+  const auto &key_cache = cache.keys, &value_cache = cache.values;
+  const auto &key_scales = cache.key_scales, &value_scales = cache.value_scales;
+  TORCH_CHECK(key_scales.has_value() == value_scales.has_value(), "value_scales go with key_scales");
+  if (key_scales) {
+    for (const Tensor& scales : {*key_scales, *value_scales})
+      TORCH_CHECK(scales.scalar_type() == at::kFloat && scales.sizes() == key_cache.sizes().slice(0, 3) &&
+                      scales.strides() == key_scales->strides(),
+                  "scales must be float32 [N, P, K], alike");
+    TORCH_CHECK(key_cache.scalar_type() == at::kChar && value_cache.scalar_type() == at::kChar,
+                "caches with scales must be int8");
+  } else {
+    check_alike(key_cache, like, "key_cache");
+    check_alike(value_cache, like, "value_cache");
+  }
   TORCH_CHECK(key_cache.dim() == 4 && key_cache.sizes() == value_cache.sizes() &&
                   key_cache.strides() == value_cache.strides() && key_cache.stride(3) == 1,
               "caches must be [N, P, K, D], alike, and contiguous in D");
+}
+
+// Pointers and strides of a cache, for either kernel.
+template <typename Args>
+void set_cache(Args& args, const KVCache& cache) {
+  args.key_cache = cache.keys.data_ptr();
+  args.value_cache = cache.values.data_ptr();
+  args.block_size = cache.keys.size(1);
+  args.block_stride = cache.keys.stride(0);
+  args.slot_stride = cache.keys.stride(1);
+  args.head_stride = cache.keys.stride(2);
+  if (!cache.key_scales) {
+    args.key_scales = args.value_scales = nullptr;
+    return;
+  }
+  args.key_scales = cache.key_scales->data_ptr<float>();
+  args.value_scales = cache.value_scales->data_ptr<float>();
+  args.scale_block_stride = cache.key_scales->stride(0);
+  args.scale_slot_stride = cache.key_scales->stride(1);
+  args.scale_head_stride = cache.key_scales->stride(2);
 }
 
 inline void check_slots(const int64_t* slots, int64_t count, int64_t num_slots) {

@@ -115,6 +115,33 @@ void norm_and_rotate_head(const T* x, const T* weight, float eps, const T* cos, 
   rotate_head(x, cos, sin, out, head_dim);
 }
 
+// As int8, the largest magnitude at 127; returns the scale. A NaN or an infinity shows in the scale.
+template <typename T>
+float quantize_head(const T* x, int8_t* out, int64_t size) {
+  Vec largest_lanes{};
+  for_each_vec(size, [&](int64_t i, int count) {
+    largest_lanes = largest_magnitude(largest_lanes, load_some(x + i, count));
+  });
+  const float largest = largest_magnitude(largest_lanes);
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  for_each_vec(size, [&](int64_t i, int count) {
+    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the lowest bits.
+    const VecInt rounded = (VecInt)(load_some(x + i, count) * inverse + 0x1.8p23f) - 0x4b400000;
+    const VecBytes bytes = __builtin_convertvector(rounded, VecBytes);
+    std::memcpy(out + i, &bytes, static_cast<size_t>(count));
+  });
+  return largest / 127.0f;
+}
+
+// Where a token's keys and values go.
+struct Places {
+  int64_t row, scale;  // in the caches and in their scales, of the first head
+
+  Places(const RopeAndStore& a, int64_t slot)
+      : row(slot / a.block_size * a.block_stride + slot % a.block_size * a.slot_stride),
+        scale(slot / a.block_size * a.scale_block_stride + slot % a.block_size * a.scale_slot_stride) {}
+};
+
 template <typename T>
 void rope_and_store_token(const RopeAndStore& a, int64_t token) {
   const int64_t dim = a.head_dim;
@@ -126,13 +153,21 @@ void rope_and_store_token(const RopeAndStore& a, int64_t token) {
     norm_and_rotate_head(head, static_cast<const T*>(a.query_weight), a.eps, cos, sin, query + h * dim, dim);
   const int64_t slot = a.slots[token];
   if (slot < 0) return;
-  const int64_t place = slot / a.block_size * a.block_stride + slot % a.block_size * a.slot_stride;
-  T* key = static_cast<T*>(a.key_cache) + place;
-  T* value = static_cast<T*>(a.value_cache) + place;
-  for (int64_t h = 0; h < a.num_kv_heads; ++h, head += dim)
-    norm_and_rotate_head(head, static_cast<const T*>(a.key_weight), a.eps, cos, sin, key + h * a.head_stride, dim);
-  for (int64_t h = 0; h < a.num_kv_heads; ++h, head += dim)
-    std::copy_n(head, dim, value + h * a.head_stride);
+  const Places places(a, slot);
+  const auto store_head = [&](const T* x, void* cache, float* scales, int64_t h) {
+    const int64_t at = places.row + h * a.head_stride;
+    if (scales == nullptr) {
+      std::copy_n(x, dim, static_cast<T*>(cache) + at);
+    } else {
+      scales[places.scale + h * a.scale_head_stride] = quantize_head(x, static_cast<int8_t*>(cache) + at, dim);
+    }
+  };
+  for (int64_t h = 0; h < a.num_kv_heads; ++h, head += dim) {
+    T key[kMaxHeadDim];
+    norm_and_rotate_head(head, static_cast<const T*>(a.key_weight), a.eps, cos, sin, key, dim);
+    store_head(key, a.key_cache, a.key_scales, h);
+  }
+  for (int64_t h = 0; h < a.num_kv_heads; ++h, head += dim) store_head(head, a.value_cache, a.value_scales, h);
 }
 
 template <typename T>

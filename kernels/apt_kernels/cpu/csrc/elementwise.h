@@ -34,11 +34,14 @@ struct RopeAndStore {
   const void* query_weight;  // [head_dim] of the norm before rope; or null
   const void* key_weight;
   void* query;  // [T, num_heads, head_dim]
-  void* key_cache;
+  void* key_cache;    // as qkv; or int8, a scale times its bytes
   void* value_cache;
+  float* key_scales;  // of an int8 cache; null of any other
+  float* value_scales;
   const int64_t* slots;  // [T] block * block_size + offset; -1 = stored nowhere
   int64_t num_tokens, num_heads, num_kv_heads, head_dim, block_size;
   int64_t block_stride, slot_stride, head_stride;  // of both caches, in elements
+  int64_t scale_block_stride, scale_slot_stride, scale_head_stride;
   float eps;
   bool is_bf16;
 };

@@ -10,20 +10,24 @@
 
 namespace apt::APT_ISA {
 
-template <typename T>
-inline void copy_as(const T* from, float* to, int64_t size) {
+template <typename T, typename U>
+inline void copy_as(const T* from, U* to, int64_t size) {
   for (int64_t i = 0; i < size; i += kLanes) store(to + i, load(from + i));
 }
 inline void copy_as(const Bf16* from, Bf16* to, int64_t size) { std::copy_n(from, size, to); }
 
 #if defined(__AVX512F__)
-// Rows of 16 words each, up to `words` of which are read -> columns: out[w * out_stride + row]. A null row is zeros.
-inline void transpose_16x16(const void* const rows[16], int words, uint32_t* out, int64_t out_stride) {
+// Rows of 16 words each, up to `words` of which are read -> columns: out[w * out_stride + row]. A null row is zeros. The
+// bits of `flipped` are flipped in every word.
+inline void transpose_16x16(const void* const rows[16], int words, uint32_t flipped, uint32_t* out,
+                            int64_t out_stride) {
   const __mmask16 mask = static_cast<__mmask16>((1u << words) - 1);
   __m512i r[16], t[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
+  for (int i = 0; i < 16; ++i) {
     r[i] = rows[i] == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi32(mask, rows[i]);
+    if (flipped != 0) r[i] = _mm512_xor_si512(r[i], _mm512_set1_epi32(static_cast<int>(flipped)));
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -56,11 +60,23 @@ inline void transpose_16x16(const void* const rows[16], int words, uint32_t* out
 }
 #endif
 
-// Keys as columns: word w of key i goes to out[w * out_stride + i]. A null row is zeros; count is a multiple of 16.
+// Fetches rows that will be read soon; null ones not.
+template <typename T>
+inline void prefetch_rows(const T* const* rows, int64_t count, int64_t first, int64_t end) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (rows[i] == nullptr) continue;
+    for (int64_t d = first; d < end; d += 64 / int64_t{sizeof(T)}) prefetch_line(rows[i] + d);
+  }
+}
+
+// Keys as columns: word w of key i goes to out[w * out_stride + i]. A null row is zeros; count is a multiple of 16. Bytes
+// become unsigned: 128 more. Meanwhile as many rows of `ahead` are fetched.
 template <typename Words, typename T>
-void pack_keys(const T* const* rows, int64_t count, int64_t dim, uint32_t* out, int64_t out_stride) {
+void pack_keys(const T* const* rows, const T* const* ahead, int64_t count, int64_t dim, uint32_t* out,
+               int64_t out_stride) {
   const int64_t words = dim / Words::kPerWord;
 #if defined(__AVX512F__)
+  constexpr uint32_t kFlipped = std::is_same_v<T, int8_t> ? 0x80808080 : 0;
   if constexpr (std::is_same_v<T, typename Words::Element>) {
     for (int64_t i = 0; i < count; i += 16)
       for (int64_t w = 0; w < words; w += 16) {
@@ -68,16 +84,19 @@ void pack_keys(const T* const* rows, int64_t count, int64_t dim, uint32_t* out, 
         for (int j = 0; j < 16; ++j)
           starts[j] = rows[i + j] == nullptr ? nullptr : rows[i + j] + w * Words::kPerWord;
         const int some = static_cast<int>(std::min<int64_t>(words - w, 16));
-        transpose_16x16(starts, some, out + w * out_stride + i, out_stride);
+        transpose_16x16(starts, some, kFlipped, out + w * out_stride + i, out_stride);
+        prefetch_rows(ahead + i, 16, w * Words::kPerWord, (w + some) * Words::kPerWord);
       }
     return;
   }
 #endif
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = 0; i < count; ++i) {
     for (int64_t w = 0; w < words; ++w) {
       const float value = rows[i] == nullptr ? 0.0f : to_float(rows[i][w]);
       std::memcpy(&out[w * out_stride + i], &value, sizeof(value));
     }
+    prefetch_rows(ahead + i, 1, 0, dim);
+  }
 }
 
 // Values as rows of words: [ceil(count / per word), dim]. A null row is zeros.

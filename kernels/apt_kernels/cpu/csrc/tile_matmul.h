@@ -1,7 +1,7 @@
 // Small matrix products over operands in the first-level cache: c [M, N] = (c +) a [M, K] times b [K, N].
 //
-// Operands are made of 32-bit words: a float32, or a pair of bf16 that belong to neighbouring k. A word of a meets a row
-// of words of b, so that no sum ever runs across a vector. Each element of c is one sum in ascending k, whatever the
+// Operands are made of 32-bit words: a float32, a pair of bf16 or four bytes that belong to neighbouring k. A word of a
+// meets a row of words of b, so that no sum ever runs across a vector. Each element of c is one sum in ascending k, whatever the
 // sizes: a row's result does not depend on the other rows.
 #pragma once
 
@@ -28,6 +28,17 @@ struct Bf16Words {
 };
 #else
 using Bf16Words = Float32Words;  // bf16 is widened when operands are packed
+#endif
+
+#if defined(__AVX512VNNI__)
+// Signed bytes of a times unsigned bytes of b; c is int32, exact.
+struct ByteWords {
+  using Element = int8_t;
+  static constexpr int kPerWord = 4;
+  static Vec multiply_add(Vec sum, VecWord a, VecWord b) {
+    return (Vec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)b, (__m512i)a);
+  }
+};
 #endif
 
 #if defined(__AVX512F__)

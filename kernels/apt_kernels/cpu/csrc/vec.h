@@ -22,6 +22,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecInt __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecWord __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecHalf __attribute__((vector_size(2 * kLanes)));
+typedef int8_t VecBytes __attribute__((vector_size(kLanes)));
 
 struct Bf16 {
   uint16_t bits;
@@ -42,6 +43,7 @@ inline VecWord load_words(const Bf16* from) {
 
 inline Vec load(const float* from) { return load_bits<Vec>(from); }
 inline Vec load(const Bf16* from) { return (Vec)(load_words(from) << 16); }
+inline Vec load(const int8_t* from) { return __builtin_convertvector(load_bits<VecBytes>(from), Vec); }
 
 inline VecHalf to_bf16(Vec value) {
 #if defined(__AVX512BF16__)
@@ -61,6 +63,7 @@ inline void store(Bf16* to, Vec value) {
 }
 
 inline float to_float(float value) { return value; }
+inline float to_float(int8_t value) { return value; }
 inline float to_float(Bf16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
   float result;
@@ -111,6 +114,20 @@ inline float max(Vec value) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   return lanes[0];
+}
+
+// Of magnitudes as integers, which have the order of the floats; NaN is the largest, so that it cannot get lost.
+inline Vec largest_magnitude(Vec a, Vec b) {
+  const VecInt x = (VecInt)a & 0x7fffffff, y = (VecInt)b & 0x7fffffff;
+  return (Vec)(x > y ? x : y);
+}
+
+inline float largest_magnitude(Vec value) {
+  int32_t lanes[kLanes];
+  std::memcpy(lanes, &value, sizeof lanes);
+  int32_t largest = 0;
+  for (const int32_t lane : lanes) largest = (lane & 0x7fffffff) > largest ? lane & 0x7fffffff : largest;
+  return load_bits<float>(&largest);
 }
 
 // Into the second-level cache. The builtin does not do: GCC 12 drops calls of functions that do nothing but prefetch.
