@@ -53,6 +53,9 @@ class EngineConfig:
     """Order of admission and of preemption."""
     block_size: int = 16
     """Tokens per KV-cache block."""
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Type of keys and values in the KV cache. auto: dtype; a float type must be dtype. int8, with a scale for each
+    token and kv head, holds about twice as many tokens as bfloat16 in the same memory."""
     kv_cache_gib: float | None = None
     """Memory for the KV cache in GiB; None takes what max_num_seqs contexts of up to 2048 tokens need, and never less
     than one full context."""

@@ -58,7 +58,8 @@ def load(config: EngineConfig) -> LoadedModel:
     precision = _weight_precision(config, "weight_precision", dtype, device)
     head_precision = _weight_precision(config, "lm_head_precision", dtype, device)
     max_model_len = _max_model_len(config, checkpoint.config)
-    num_blocks = _num_kv_blocks(config, checkpoint.config, dtype, max_model_len)
+    kv_dtype = _kv_cache_dtype(config, dtype)
+    num_blocks = _num_kv_blocks(config, checkpoint.config, kv_dtype, max_model_len)
 
     cache = None
     if device.type == "cpu" and native.is_enabled():
@@ -75,7 +76,7 @@ def load(config: EngineConfig) -> LoadedModel:
             cache.write(model)
     link_layers(model)
     kv_cache = allocate_kv_cache(
-        checkpoint.config, num_blocks=num_blocks, block_size=config.block_size, dtype=dtype, device=device
+        checkpoint.config, num_blocks=num_blocks, block_size=config.block_size, dtype=kv_dtype, device=device
     )
     info = _model_info(config, checkpoint, max_model_len)
     runner = ModelRunner(
@@ -86,7 +87,7 @@ def load(config: EngineConfig) -> LoadedModel:
         eos_token_ids=info.eos_token_ids,
     )
     log.info(
-        "%s ready in %.1f s: %s, weights %s, on %s, %d threads, %d KV blocks of %d tokens, contexts up to %d tokens",
+        "%s ready in %.1f s: %s, weights %s, on %s, %d threads, %d KV blocks of %d tokens (%s), contexts up to %d",
         info.name,
         time.perf_counter() - started,
         str(dtype).removeprefix("torch."),
@@ -95,6 +96,7 @@ def load(config: EngineConfig) -> LoadedModel:
         torch.get_num_threads(),
         num_blocks,
         config.block_size,
+        str(kv_dtype).removeprefix("torch."),
         max_model_len,
     )
     return LoadedModel(info, runner, num_blocks)
@@ -143,6 +145,16 @@ def _keeps_quantized(
     return is_packed and (checkpoint.is_quantized or precision == "int4")
 
 
+def _kv_cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    wanted: torch.dtype = getattr(torch, config.kv_cache_dtype)
+    if wanted not in (dtype, torch.int8):
+        there = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"{config.kv_cache_dtype} does not go with dtype {there}", field="kv_cache_dtype")
+    return wanted
+
+
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     trained = model.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > trained:
@@ -150,13 +162,13 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len or trained
 
 
-def _num_kv_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_model_len: int) -> int:
+def _num_kv_blocks(config: EngineConfig, model: ModelConfig, kv_dtype: torch.dtype, max_model_len: int) -> int:
     """Blocks the settings ask for.
 
     Raises:
         ConfigError: fewer than one full context needs, or more than memory holds.
     """
-    block_bytes = kv_bytes_per_token(model, dtype) * config.block_size
+    block_bytes = kv_bytes_per_token(model, kv_dtype) * config.block_size
     one_context = -(-max_model_len // config.block_size)
     available = available_memory()
     if config.num_kv_blocks is not None:
@@ -181,9 +193,10 @@ def available_memory() -> int:
     with open("/proc/meminfo", encoding="ascii") as meminfo:
         available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable:"))
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open(
-            "/sys/fs/cgroup/memory.current", encoding="ascii"
-        ) as current:
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as current,
+        ):
             return min(available, int(limit.read()) - int(current.read()))
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return available

@@ -1,9 +1,9 @@
 """`python -m benchmarks.kernels.attention`: paged attention beside the machine's limits and torch's dense attention.
 
-Blocks lie anywhere in the cache, and calls go through as many caches as it takes for keys and values to come from memory
-every time, as they do in a model. A decode should read at the machine's bandwidth, a prefill multiply at its rate. The
-peer is torch's scaled_dot_product_attention in bfloat16 over keys and values that lie side by side, which an engine would
-have to gather first. Ours and the peer take turns; figures are medians.
+Blocks lie anywhere in the cache, and calls go through as many caches as it takes for keys and values to come from
+memory every time, as they do in a model. A decode should read at the machine's bandwidth, a prefill multiply at its
+rate. The peer is torch's scaled_dot_product_attention in bfloat16 over keys and values that lie side by side, which an
+engine would have to gather first. Ours and the peer take turns; figures are medians.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 
+from apt_core.kv_cache import LayerKVCache, allocate_kv_cache, kv_bytes_per_token
+from apt_core.model_config import ModelConfig
 from apt_kernels import ops
 from benchmarks.machine import Limits, describe, measure_limits
 from benchmarks.table import print_table
@@ -27,19 +29,28 @@ BLOCK_SIZE = 16
 BEYOND_CACHES = 128 * 2**20
 MOST_WITH_PEER = 2**30
 """Bytes of keys and values beyond which the peer's own copy of them is not made."""
-SECONDS_PER_CASE = 0.3
+SECONDS_PER_CASE = 0.4
+PAUSE = 0.01
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Attention of one model."""
+def _one_layer(num_heads: int, num_kv_heads: int, head_dim: int) -> ModelConfig:
+    """Heads are all that matters here."""
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=0,
+        hidden_size=0,
+        intermediate_size=0,
+        num_layers=1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=0,
+        rms_norm_eps=0.0,
+    )
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
 
-
-MODELS = {"SmolLM2": Heads(9, 3, 64), "Qwen3-0.6B": Heads(16, 8, 128)}
+MODELS = {"SmolLM2": _one_layer(9, 3, 64), "Qwen3-0.6B": _one_layer(16, 8, 128)}
+DTYPES = (torch.bfloat16, torch.int8)
 BATCHES = (1, 8, 32)
 CONTEXTS = (256, 1024, 4096, 16384)
 PROMPTS = (512, 2048)
@@ -49,7 +60,7 @@ PROMPTS = (512, 2048)
 class Case:
     """Sequences of one length, with so many queries each at their end."""
 
-    heads: Heads
+    heads: ModelConfig
     num_seqs: int
     num_queries: int
     context: int
@@ -58,7 +69,7 @@ class Case:
     @property
     def kv_bytes(self) -> int:
         """What one call reads, once."""
-        return 2 * self.num_seqs * self.context * self.heads.num_kv_heads * self.heads.head_dim * self.dtype.itemsize
+        return self.num_seqs * self.context * kv_bytes_per_token(self.heads, self.dtype)
 
     @property
     def num_flop(self) -> int:
@@ -75,11 +86,9 @@ class Case:
         """The paged op, over one cache after the other."""
         blocks_per_seq = -(-self.context // BLOCK_SIZE)
         num_blocks = self.num_seqs * blocks_per_seq
-        shape = (num_blocks, BLOCK_SIZE, self.heads.num_kv_heads, self.heads.head_dim)
-        some = torch.randn(1, *shape[1:]).to(self.dtype)
-        caches = [(some.expand(shape).clone(), some.expand(shape).clone()) for _ in range(self.num_copies)]
+        caches = [self._cache(num_blocks) for _ in range(self.num_copies)]
         query = torch.randn(self.num_seqs * self.num_queries, self.heads.num_heads, self.heads.head_dim).bfloat16()
-        call = partial(
+        attend = partial(
             ops.paged_attention,
             query,
             cu_seqlens_q=torch.arange(self.num_seqs + 1, dtype=torch.int32) * self.num_queries,
@@ -88,12 +97,26 @@ class Case:
             num_decodes=self.num_seqs if self.num_queries == 1 else 0,
             scale=self.heads.head_dim**-0.5,
         )
-        return cycle([partial(call, *cache) for cache in caches])
+        return cycle(
+            [partial(attend, c.keys, c.values, key_scales=c.key_scales, value_scales=c.value_scales) for c in caches]
+        )
+
+    def _cache(self, num_blocks: int) -> LayerKVCache:
+        (cache,) = allocate_kv_cache(
+            self.heads, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=self.dtype, device=torch.device("cpu")
+        )
+        for rows, scales in ((cache.keys, cache.key_scales), (cache.values, cache.value_scales)):
+            if scales is None:
+                rows.copy_(torch.randn(rows.shape[1:]))
+            else:
+                rows.copy_(torch.randint(-127, 128, rows.shape[1:]))
+                scales.fill_(1 / 64)
+        return cache
 
     def peers(self) -> Iterator[Callable[[], object]]:
         """torch's attention over dense bfloat16; none where that is too large."""
         shape = (self.num_seqs, self.heads.num_kv_heads, self.context, self.heads.head_dim)
-        wide_bytes = self.kv_bytes * 2 // self.dtype.itemsize
+        wide_bytes = self.num_seqs * self.context * kv_bytes_per_token(self.heads, torch.bfloat16)
         if wide_bytes > MOST_WITH_PEER:
             return iter(())
         some = torch.randn(1, 1, *shape[2:]).bfloat16()
@@ -111,12 +134,12 @@ def main() -> None:
         ops.set_num_threads(args.threads)
     print(describe())
     limits = measure_limits(torch.bfloat16)
-    print(f"limits    reads {limits.read_gb_s:.1f} GB/s, multiplies {limits.gemm_gflop_s:.0f} GFLOP/s")
+    print(f"limits    reads {limits.read_gb_s:.1f} GB/s, multiplies {limits.gemm_gflop_s:.0f} GFLOP/s (bfloat16)")
     decodes, prompts = [], []
     for name, heads in MODELS.items():
         if args.only not in name:
             continue
-        for dtype in (torch.bfloat16,):
+        for dtype in DTYPES:
             keys = str(dtype).removeprefix("torch.")
             for num_seqs in args.batches:
                 for context in args.contexts:
@@ -134,15 +157,20 @@ def main() -> None:
 
 
 def measure(case: Case) -> tuple[float, float | None]:
-    """Median seconds of a call of ours, and of the peer's; they take turns."""
+    """Median seconds of a call of ours, and of the peer's; they take turns in blocks.
+
+    A pause follows the peer's, because torch's threads spin for a while before they sleep.
+    """
     times: list[float] = []
     peer_times: list[float] = []
     ours, peers = case.ours(), case.peers()
     deadline = time.perf_counter() + SECONDS_PER_CASE
-    while time.perf_counter() < deadline or len(times) < 5:
-        times.append(_seconds(next(ours)))
-        if (peer := next(peers, None)) is not None:
-            peer_times.append(_seconds(peer))
+    while time.perf_counter() < deadline or len(times) < 8:
+        times += [_seconds(next(ours)) for _ in range(4)]
+        block = [_seconds(peer) for peer in islice(peers, 2)]
+        peer_times += block
+        if block:
+            time.sleep(PAUSE)
     return median(times), median(peer_times) if peer_times else None
 
 

@@ -1,1 +1,1 @@
-"""What a weight precision costs."""
+"""What a precision of weights and KV cache costs."""

@@ -1,19 +1,20 @@
-"""`python -m benchmarks.quality`: perplexity and greedy agreement of each weight precision, against float32.
+"""`python -m benchmarks.quality`: what each precision of weights and KV cache costs, against float32.
 
-Agreement is the share of positions of the text at which both would choose the same next token. `--source small`
-measures a small model that is trained here first and never was 4-bit: see benchmarks/quality/small.py.
+Perplexity, and greedy agreement: the share of positions of the text at which both would choose the same next token.
+`--source small` measures a small model that is trained here first and never was 4-bit: see benchmarks/quality/small.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from apt_core.checkpoint import Checkpoint, load_into, open_checkpoint
+from apt_core.kv_cache import allocate_kv_cache
 from apt_core.metadata import AttentionMetadata
 from apt_core.models.decoder import DecoderForCausalLM, fuse_projections, pack_linears
 from apt_core.quantization import WeightPrecision
@@ -25,20 +26,29 @@ from benchmarks.quality.small import small_model
 from benchmarks.quality.text import TEXTS
 from benchmarks.table import print_table
 
+CPU = torch.device("cpu")
 SMALL = "small"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A type of activations and a precision of weights."""
+    """A type of activations, a precision of weights and a type of the KV cache."""
 
     dtype: torch.dtype
     precision: WeightPrecision
+    kv_dtype: torch.dtype | None = None
+    """None: dtype."""
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the KV cache."""
+        return self.kv_dtype or self.dtype
 
     @property
     def name(self) -> str:
-        """Such as int8 / bfloat16."""
-        return f"{self.precision} / {str(self.dtype).removeprefix('torch.')}"
+        """Such as int8 / bfloat16 / int8."""
+        names = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.cache_dtype))
+        return " / ".join((self.precision, *names))
 
 
 VARIANTS = (
@@ -48,6 +58,9 @@ VARIANTS = (
     Variant(torch.bfloat16, "int8"),
     Variant(torch.float32, "int4"),
     Variant(torch.bfloat16, "int4"),
+    Variant(torch.float32, "float32", torch.int8),
+    Variant(torch.bfloat16, "bfloat16", torch.int8),
+    Variant(torch.bfloat16, "int8", torch.int8),
 )
 """The first is what the others are compared with."""
 
@@ -79,23 +92,28 @@ def main() -> None:
 
 def _print_table(checkpoint: Checkpoint, windows: list[torch.Tensor]) -> None:
     """One row per variant."""
-    measured = [measure(_load(checkpoint, variant), windows) for variant in VARIANTS]
+    measured = [measure(_load(checkpoint, v), windows, v.cache_dtype) for v in VARIANTS]
     exact = measured[0]
     rows = []
     for variant, result in zip(VARIANTS, measured, strict=True):
         ratio = math.exp(result.loss - exact.loss) - 1
         agreement = (result.choices == exact.choices).double().mean().item()
         rows.append([variant.name, f"{math.exp(result.loss):.3f}", f"{ratio:+.2%}", f"{agreement:.1%}"])
-    print_table(["weights / activations", "perplexity", "over float32", "greedy agreement"], rows)
+    print_table(["weights / activations / KV", "perplexity", "over float32", "greedy agreement"], rows)
 
 
 @torch.inference_mode()
-def measure(model: DecoderForCausalLM, windows: list[torch.Tensor]) -> Measured:
-    """Loss and choices over windows of token ids, each a sequence of its own."""
+def measure(model: DecoderForCausalLM, windows: list[torch.Tensor], kv_dtype: torch.dtype) -> Measured:
+    """Loss and choices over windows of token ids, each a sequence of its own in one KV cache of its length."""
     losses, choices = [], []
     for ids in windows:
-        metadata = AttentionMetadata.for_full_sequences([len(ids)])
-        hidden = model(model.embed(ids), torch.arange(len(ids)), metadata)
+        metadata = replace(
+            AttentionMetadata.for_full_sequences([len(ids)]),
+            block_tables=torch.zeros(1, 1, dtype=torch.int32),
+            slot_mapping=torch.arange(len(ids)),
+        )
+        cache = allocate_kv_cache(model.config, num_blocks=1, block_size=len(ids), dtype=kv_dtype, device=CPU)
+        hidden = model(model.embed(ids), torch.arange(len(ids)), metadata, cache)
         logits = model.logits(hidden[:-1]).float()
         losses.append(torch.nn.functional.cross_entropy(logits, ids[1:]).item())
         choices.append(logits.argmax(-1))
@@ -112,7 +130,7 @@ def _windows(checkpoint: Checkpoint, text: str, count: int, length: int) -> list
 def _load(checkpoint: Checkpoint, variant: Variant) -> DecoderForCausalLM:
     model = build_model(checkpoint.config)
     keeps_quantized = checkpoint.is_quantized or variant.precision == "int4"
-    load_into(model, checkpoint, dtype=variant.dtype, device=torch.device("cpu"), keeps_quantized=keeps_quantized)
+    load_into(model, checkpoint, dtype=variant.dtype, device=CPU, keeps_quantized=keeps_quantized)
     model.eval().requires_grad_(False)
     fuse_projections(model)
     pack_linears(model, variant.precision)

@@ -86,6 +86,54 @@ def test_paged_attention_equals_reference_for_every_block_size(block_size):
     torch.testing.assert_close(paged.run(), paged.expected(), rtol=0, atol=TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [None, 9])
+def test_an_int8_cache_is_read_in_every_dtype(dtype, window):
+    torch.manual_seed(0)
+    paged = Paged(MIXES["decodes, chunks and prompts"], dtype=dtype)
+    paged.keys, paged.values = (torch.randint(-127, 128, paged.keys.shape, dtype=torch.int8) for _ in range(2))
+    scales = [torch.rand(paged.keys.shape[:3]) / 64 for _ in range(2)]
+    layout = (paged.cu_seqlens_q, paged.context_lens, paged.block_tables)
+    out = ops.paged_attention(
+        paged.query,
+        paged.keys,
+        paged.values,
+        cu_seqlens_q=paged.cu_seqlens_q,
+        context_lens=paged.context_lens,
+        block_tables=paged.block_tables,
+        num_decodes=paged.num_decodes,
+        scale=0.25,
+        window=window,
+        key_scales=scales[0],
+        value_scales=scales[1],
+    )
+    wide = [
+        paged.query.double(),
+        *(x.double() * s.double().unsqueeze(-1) for x, s in zip((paged.keys, paged.values), scales, strict=True)),
+    ]
+    expected = reference.paged_attention(*wide, *layout, 0.25, window)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=max(TOLERANCE[dtype], 1e-4))
+
+
+def test_scales_go_with_int8_caches_only():
+    paged = Paged([(1, 5)])
+    layout = {
+        "cu_seqlens_q": paged.cu_seqlens_q,
+        "context_lens": paged.context_lens,
+        "block_tables": paged.block_tables,
+        "num_decodes": 1,
+        "scale": 0.25,
+    }
+    scales = torch.ones(paged.keys.shape[:3])
+    keys, values = paged.keys.to(torch.int8), paged.values.to(torch.int8)
+    with pytest.raises(ValueError, match="key_scales"):
+        ops.paged_attention(paged.query, paged.keys, paged.values, key_scales=scales, value_scales=scales, **layout)
+    with pytest.raises(ValueError, match="value_scales"):
+        ops.paged_attention(paged.query, keys, values, key_scales=scales, **layout)
+    with pytest.raises(ValueError, match="key_scales"):
+        ops.paged_attention(paged.query, keys, values, key_scales=scales[:, :1], value_scales=scales, **layout)
+
+
 def test_a_bfloat16_decode_does_not_depend_on_its_batch_mates():
     paged = Paged(MIXES["decodes of very different lengths"], head_dim=64, dtype=torch.bfloat16)
     together = paged.run()

@@ -18,6 +18,8 @@ from apt_kernels.cpu import build, native
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+INT8_TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 2e-2}
+"""Over an int8 cache queries and weights have 16 bits where integers are multiplied."""
 INSTRUCTION_SETS = [name for name in native.ISAS if name != native.OFF]
 
 
@@ -44,9 +46,9 @@ def poisoned_outputs():
 
 
 class Paged:
-    """Sequences of the given (query, context) lengths over a cache whose unused slots are NaN."""
+    """Sequences of the given (query, context) lengths over a cache whose unused slots (or scales) are NaN."""
 
-    def __init__(self, lengths, *, heads=(6, 2), head_dim=32, block_size=16, dtype=torch.float32):
+    def __init__(self, lengths, *, heads=(6, 2), head_dim=32, block_size=16, dtype=torch.float32, is_int8=False):
         generator = torch.Generator().manual_seed(0)
         num_blocks = [-(-context // block_size) for _, context in lengths]
         shape = (sum(num_blocks) + 2, block_size, heads[1], head_dim)
@@ -62,6 +64,17 @@ class Paged:
             slots = table.long()[positions // block_size] * block_size + positions % block_size
             for cache in (self.keys, self.values):
                 cache.flatten(0, 1)[slots] = torch.randn(context, *shape[2:], generator=generator).to(dtype)
+        self.key_scales = self.value_scales = None
+        if is_int8:
+            self.keys, self.key_scales = self._quantized(self.keys)
+            self.values, self.value_scales = self._quantized(self.values)
+
+    @staticmethod
+    def _quantized(cache):
+        """As the cache lies in memory in an engine, a head's tokens side by side."""
+        scales = (cache.float().abs().amax(-1) / 127).transpose(1, 2).contiguous().transpose(1, 2)
+        integers = (cache.float() / scales.unsqueeze(-1)).round().nan_to_num(77).to(torch.int8)
+        return integers.transpose(1, 2).contiguous().transpose(1, 2), scales
 
     def arguments(self, lengths=None):
         queries, contexts = zip(*(lengths or self.lengths), strict=True)
@@ -90,46 +103,55 @@ class Paged:
             num_decodes=0,
             scale=self.scale,
             window=window,
+            key_scales=self.key_scales,
+            value_scales=self.value_scales,
         )
 
     def expected(self, window=None):
-        wide = (x.float() for x in (self.query, self.keys, self.values))
-        return reference.paged_attention(*wide, *self.arguments().values(), self.tables, self.scale, window)
+        wide = (x if x.dtype == torch.int8 else x.float() for x in (self.query, self.keys, self.values))
+        layout = (*self.arguments().values(), self.tables)
+        return reference.paged_attention(*wide, *layout, self.scale, window, self.key_scales, self.value_scales)
 
     def check(self, window=None):
         out = self.run(window)
         assert out.dtype == self.query.dtype
-        torch.testing.assert_close(out.float(), self.expected(window), rtol=0, atol=TOLERANCE[out.dtype])
+        tolerance = INT8_TOLERANCE if self.keys.dtype == torch.int8 else TOLERANCE
+        torch.testing.assert_close(out.float(), self.expected(window), rtol=0, atol=tolerance[out.dtype])
 
 
 MIXED = [(1, 1), (1, 64), (1, 257), (1, 700), (3, 66), (70, 70), (50, 401), (1, 129)]
 
 
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8 cache"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 1, 5, 64, 300])
-def test_attention_equals_the_reference_for_mixed_steps_and_windows(dtype, window):
-    Paged(MIXED, dtype=dtype).check(window)
+def test_attention_equals_the_reference_for_mixed_steps_and_windows(dtype, is_int8, window):
+    Paged(MIXED, dtype=dtype, is_int8=is_int8).check(window)
 
 
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8 cache"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 1), (5, 5), (28, 4)])
 @pytest.mark.parametrize("head_dim", [16, 48, 64, 80, 128, 256])
-def test_attention_equals_the_reference_for_every_head_layout(dtype, heads, head_dim):
-    Paged([(1, 77), (1, 300), (13, 90)], heads=heads, head_dim=head_dim, dtype=dtype).check()
+def test_attention_equals_the_reference_for_every_head_layout(dtype, is_int8, heads, head_dim):
+    Paged([(1, 77), (1, 300), (13, 90)], heads=heads, head_dim=head_dim, dtype=dtype, is_int8=is_int8).check()
 
 
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8 cache"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [1, 3, 16, 100, 1024])
-def test_attention_equals_the_reference_for_every_block_size(dtype, block_size):
-    Paged(MIXED, block_size=block_size, dtype=dtype).check()
+def test_attention_equals_the_reference_for_every_block_size(dtype, is_int8, block_size):
+    Paged(MIXED, block_size=block_size, dtype=dtype, is_int8=is_int8).check()
 
 
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8 cache"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 100])
-def test_a_query_row_depends_neither_on_batch_mates_nor_on_chunks_nor_on_threads(dtype, window):
-    paged = Paged(MIXED, dtype=dtype)
+def test_a_query_row_depends_neither_on_batch_mates_nor_on_chunks_nor_on_threads(dtype, is_int8, window):
+    paged = Paged(MIXED, dtype=dtype, is_int8=is_int8)
     ops.set_num_threads(1)
     together = paged.run(window)
+    assert together.isfinite().all()
     ops.set_num_threads(3)
     assert torch.equal(paged.run(window), together)
     first = 0
@@ -142,11 +164,41 @@ def test_a_query_row_depends_neither_on_batch_mates_nor_on_chunks_nor_on_threads
             assert torch.equal(torch.cat(parts), rows)
 
 
-def test_attention_follows_strides_of_query_and_caches():
-    paged = Paged([(1, 40), (5, 33)])
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8 cache"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_long_context_does_not_depend_on_how_its_splits_are_shared_out(dtype, is_int8):
+    paged = Paged([(1, 5000), (1, 3000), (1, 700)], dtype=dtype, is_int8=is_int8)
+    ops.set_num_threads(1)
+    together = paged.run()
+    torch.testing.assert_close(together.float(), paged.expected(), rtol=0, atol=5e-3)
+    for num_threads in (2, 5, 40):
+        ops.set_num_threads(num_threads)
+        assert torch.equal(paged.run(), together)
+        for b in range(3):
+            assert torch.equal(paged.run_part(b, 0, 1)[0], together[b])
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8 cache"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_shows_in_its_own_sequence_only(dtype, is_int8):
+    paged = Paged([(1, 90), (1, 90), (4, 90)], dtype=dtype, is_int8=is_int8)
+    block, slot = int(paged.tables[1, 2]), 3
+    (paged.values if not is_int8 else paged.value_scales)[block, slot] = torch.nan
+    paged.query[3, 0] = torch.nan  # of the third sequence
+    out = paged.run()
+    assert out[1].isnan().all() and out[3, 0].isnan().all()
+    out[1], out[3, 0] = 0, 0
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["", "int8 cache"])
+def test_attention_follows_strides_of_query_and_caches(is_int8):
+    paged = Paged([(1, 40), (5, 33)], is_int8=is_int8)
     expected = paged.run()
     paged.query = torch.stack((paged.query, paged.query + 1), dim=1)[:, 0]
     paged.keys, paged.values = torch.stack((paged.keys, paged.values), dim=2).unbind(2)
+    if is_int8:
+        paged.key_scales, paged.value_scales = torch.stack((paged.key_scales, paged.value_scales), dim=2).unbind(2)
     assert not paged.keys.is_contiguous()
     assert torch.equal(paged.run(), expected)
 
@@ -175,10 +227,40 @@ def test_attention_and_the_store_reach_slots_beyond_2_to_the_31_elements():
     torch.testing.assert_close(out.float(), near.float(), rtol=0, atol=2e-2)
 
 
-def _untouched(shape):
+def test_an_int8_cache_is_reached_beyond_2_to_the_31_elements():
+    if _available_gib() < 6:
+        pytest.skip("needs an address space of 5 GiB")
+    shape = (2**31 // (16 * 2 * 64) + 2, 16, 2, 64)
+    keys, values = (_untouched(shape, torch.int8) for _ in range(2))
+    scales = [_untouched(shape[:3], torch.float32) for _ in range(2)]
+    block = shape[0] - 1
+    qkv = torch.randn(16, 8 * 64).bfloat16()
+    slots = torch.arange(16) + block * 16
+    ones, zeros = torch.ones(16, 32).bfloat16(), torch.zeros(16, 32).bfloat16()
+    query = ops.rope_and_store_kv(
+        *(qkv, ones, zeros, keys, values, slots), num_heads=4, key_scales=scales[0], value_scales=scales[1]
+    )
+    out = ops.paged_attention(
+        query,
+        keys,
+        values,
+        cu_seqlens_q=torch.tensor([0, 16], dtype=torch.int32),
+        context_lens=torch.tensor([16], dtype=torch.int32),
+        block_tables=torch.tensor([[block]], dtype=torch.int32),
+        num_decodes=0,
+        scale=0.1,
+        key_scales=scales[0],
+        value_scales=scales[1],
+    )
+    heads = qkv.view(16, 8, 64)
+    near = reference.varlen_attention(query, heads[:, 4:6], heads[:, 6:], torch.tensor([0, 16]), 0.1, None)
+    torch.testing.assert_close(out.float(), near.float(), rtol=0, atol=4e-2)
+
+
+def _untouched(shape, dtype=torch.bfloat16):
     """Memory whose pages do not exist yet: poisoning it would make them all."""
     torch.use_deterministic_algorithms(False)
-    memory = torch.empty(shape, dtype=torch.bfloat16)
+    memory = torch.empty(shape, dtype=dtype)
     torch.use_deterministic_algorithms(True)
     return memory
 
@@ -213,8 +295,9 @@ def test_norms_equal_the_reference(dtype, shape):
     expected, expected_total = reference.fused_add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(total, expected_total)
     torch.testing.assert_close(normed, expected, **tolerance)
-    assert torch.equal(ops.rms_norm(x.transpose(0, -1).contiguous().transpose(0, -1), weight, 1e-5),
-                       ops.rms_norm(x, weight, 1e-5))
+    assert torch.equal(
+        ops.rms_norm(x.transpose(0, -1).contiguous().transpose(0, -1), weight, 1e-5), ops.rms_norm(x, weight, 1e-5)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -258,6 +341,47 @@ def test_rope_and_store_equals_the_reference(dtype, has_norm, num_tokens, head_d
         assert torch.equal(query, expected_query) and torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("num_tokens", "head_dim"), [(1, 64), (5, 16), (70, 80), (33, 6)])
+def test_rope_and_store_into_an_int8_cache_equals_the_reference(dtype, has_norm, num_tokens, head_dim):
+    num_heads, num_kv_heads = 6, 2
+    qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    qkv[0, -head_dim:] = 0
+    angle = torch.randn(num_tokens, head_dim // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    weights = [torch.randn(head_dim).to(dtype) if has_norm else None for _ in range(2)]
+    slots = torch.randperm(20 * 8)[:num_tokens]
+    slots[num_tokens // 2] = -1
+    shape = (20, num_kv_heads, 8, head_dim)
+    caches = [[torch.zeros(shape, dtype=torch.int8).transpose(1, 2) for _ in range(2)] for _ in range(2)]
+    scales = [[torch.zeros(shape[:3]).transpose(1, 2) for _ in range(2)] for _ in range(2)]
+    query = ops.rope_and_store_kv(
+        qkv,
+        cos,
+        sin,
+        *caches[0],
+        slots,
+        num_heads=num_heads,
+        key_scales=scales[0][0],
+        value_scales=scales[0][1],
+        query_weight=weights[0],
+        key_weight=weights[1],
+        eps=1e-6,
+    )
+    expected_query = reference.rope_and_store_kv(
+        qkv, cos, sin, *caches[1], slots, num_heads, *weights, 1e-6, *scales[1]
+    )
+    tolerance = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(query, expected_query, **tolerance)
+    assert torch.equal(caches[0][1], caches[1][1]) and torch.equal(scales[0][1], scales[1][1])
+    torch.testing.assert_close(scales[0][0], scales[1][0], **tolerance)
+    ours, expected = (cache[0] * scale[0].unsqueeze(-1) for cache, scale in zip(caches, scales, strict=True))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=float(scales[1][0].max()) * 1.01 + tolerance["atol"])
+    if not has_norm and dtype == torch.bfloat16:
+        assert torch.equal(caches[0][0], caches[1][0]) and torch.equal(scales[0][0], scales[1][0])
+
+
 def test_a_slot_out_of_the_cache_is_refused():
     cache = torch.zeros(2, 4, 1, 16)
     with pytest.raises(RuntimeError, match="slot_mapping"):
@@ -277,13 +401,14 @@ def test_the_declared_fakes_agree_with_the_ops():
     x, weight = torch.randn(5, 16), torch.randn(16)
     layout = (*paged.arguments().values(), paged.tables)
     cache = torch.zeros(2, 4, 2, 8)
-    rope = (torch.randn(3, 64), torch.ones(3, 4), torch.zeros(3, 4), cache, cache.clone(), torch.arange(3))
+    rope = (torch.randn(3, 64), torch.ones(3, 4), torch.zeros(3, 4), cache, cache.clone())
+    attended = (paged.query, paged.keys.nan_to_num(), paged.values.nan_to_num())
     calls = {
         "rms_norm": (x, weight, 1e-5),
         "fused_add_rms_norm": (x, x, weight, 1e-5),
         "silu_and_mul": (x,),
-        "rope_and_store_kv": (*rope, 4, 2, None, None, 0.0),
-        "paged_attention": (paged.query, paged.keys.nan_to_num(), paged.values.nan_to_num(), *layout, 0.2, None),
+        "rope_and_store_kv": (*rope, None, None, torch.arange(3), 4, 2, None, None, 0.0),
+        "paged_attention": (*attended, None, None, *layout, 0.2, None),
     }
     for name, args in calls.items():
         op = getattr(torch.ops.apt_cpu, name).default

@@ -51,6 +51,23 @@ def test_store_kv_writes_each_slot_and_skips_padding():
     assert int((keys != 0).any(-1).any(-1).sum()) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_store_kv_quantizes_each_head_of_a_token_by_itself(dtype):
+    torch.manual_seed(0)
+    keys, values = torch.zeros(2, 3, 4, 2, 16, dtype=torch.int8)
+    scales = torch.zeros(2, 3, 4, 2)
+    key, value = torch.randn(2, 3, 2, 16).to(dtype)
+    key[0, 1] *= 1000
+    ops.store_kv(key, value, keys, values, torch.tensor([9, -1, 2]), *scales)
+    for x, cache, scale in ((key, keys, scales[0]), (value, values, scales[1])):
+        for token, place in ((0, (2, 1)), (2, (0, 2))):
+            largest = x[token].abs().amax(-1)
+            torch.testing.assert_close(scale[place], largest.float() / 127)
+            assert (cache[place].abs().amax(-1) == 127).all()
+            error = (cache[place] * scale[place].unsqueeze(-1) - x[token]).abs().amax(-1)
+            assert (error <= scale[place] * 0.501).all()
+
+
 PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
 

@@ -44,9 +44,9 @@ def test_training_makes_the_text_likelier_than_chance(folder: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
     windows = _windows(checkpoint, TEXT, 4, 32)
     assert len(windows) == 4
-    exact = measure(_load(checkpoint, VARIANTS[0]), windows)
+    exact = measure(_load(checkpoint, VARIANTS[0]), windows, VARIANTS[0].cache_dtype)
     assert exact.loss < 0.6 * math.log(TINY["vocab_size"])
-    few_bits = measure(_load(checkpoint, VARIANTS[-1]), windows)
+    few_bits = measure(_load(checkpoint, VARIANTS[-1]), windows, VARIANTS[-1].cache_dtype)
     assert few_bits.loss == pytest.approx(exact.loss, rel=0.1)
     assert few_bits.loss != exact.loss
 

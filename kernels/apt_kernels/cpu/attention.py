@@ -72,9 +72,10 @@ def _buckets(context_lens: list[int]) -> dict[int, list[int]]:
 def _gather(
     cache: torch.Tensor, scales: torch.Tensor | None, block_tables: torch.Tensor, length: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Blocks of each sequence side by side: [N, P, K, D] and [B, max_blocks] -> [B, length, K, D]; an int8 cache in dtype.
+    """Blocks of each sequence side by side: [N, P, K, D] and [B, max_blocks] -> [B, length, K, D].
 
-    Where a table is shorter than the length, its sequence is padded with block 0, which the caller masks.
+    An int8 cache comes in dtype. Where a table is shorter than the length, its sequence is padded with block 0, which
+    the caller masks.
     """
     num_blocks = -(-length // cache.shape[1])
     tables = F.pad(block_tables, (0, max(num_blocks - block_tables.shape[1], 0)))[:, :num_blocks]
@@ -93,7 +94,10 @@ def _decode(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """One query a sequence, [B, H, D], over padded keys and values [B, L, K, D]: the heads that share a kv head are the rows of one small matrix product."""
+    """One query a sequence, [B, H, D], over padded keys and values [B, L, K, D].
+
+    The heads that share a kv head are the rows of one small matrix product.
+    """
     num_kv_heads = keys.shape[2]
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     k_pos = torch.arange(keys.shape[2])

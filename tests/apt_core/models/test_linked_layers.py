@@ -65,12 +65,12 @@ def metadata(lengths: list[tuple[int, int]]) -> AttentionMetadata:
     )
 
 
-def run(model: DecoderForCausalLM) -> tuple[list[torch.Tensor], list[LayerKVCache]]:
+def run(
+    model: DecoderForCausalLM, kv_dtype: torch.dtype = torch.bfloat16
+) -> tuple[list[torch.Tensor], list[LayerKVCache]]:
     """Two prompts, then a step that mixes a decode with a chunk."""
     torch.manual_seed(1)
-    cache = allocate_kv_cache(
-        model.config, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU
-    )
+    cache = allocate_kv_cache(model.config, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=kv_dtype, device=CPU)
     outputs = []
     for lengths in ([(20, 20), (9, 9)], [(1, 21), (14, 23)]):
         step = metadata(lengths)
@@ -80,20 +80,25 @@ def run(model: DecoderForCausalLM) -> tuple[list[torch.Tensor], list[LayerKVCach
     return outputs, cache
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("precision", [None, "int8", "int4"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_linked_layers_equal_the_single_ops(config: ModelConfig, precision: str | None) -> None:
+def test_linked_layers_equal_the_single_ops(config: ModelConfig, precision: str | None, kv_dtype: torch.dtype) -> None:
     models = [random_model(config) for _ in range(2)]
     for model in models:
         fuse_projections(model)
         pack_linears(model, precision)
     link_layers(models[1])
     assert models[1].model.linked is not None and models[0].model.linked is None
-    (single, single_cache), (linked, linked_cache) = (run(model) for model in models)
+    (single, single_cache), (linked, linked_cache) = (run(model, kv_dtype) for model in models)
     for ours, expected in zip(linked, single, strict=True):
         assert expected.isfinite().all() and torch.equal(ours, expected)
     for ours, expected in zip(linked_cache, single_cache, strict=True):
         assert torch.equal(ours.keys, expected.keys) and torch.equal(ours.values, expected.values)
+        if kv_dtype == torch.int8:
+            assert ours.key_scales is not None and ours.value_scales is not None
+            assert torch.equal(ours.key_scales, expected.key_scales) and ours.key_scales.any()
+            assert torch.equal(ours.value_scales, expected.value_scales) and ours.value_scales.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -125,8 +125,10 @@ float quantize_head(const T* x, int8_t* out, int64_t size) {
   const float largest = largest_magnitude(largest_lanes);
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   for_each_vec(size, [&](int64_t i, int count) {
-    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the lowest bits.
-    const VecInt rounded = (VecInt)(load_some(x + i, count) * inverse + 0x1.8p23f) - 0x4b400000;
+    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the lowest bits. The bound keeps the compiler from
+    // fusing product and sum, which would break ties differently from the twin.
+    const Vec scaled = max(load_some(x + i, count) * inverse, broadcast(-127.0f));
+    const VecInt rounded = (VecInt)(scaled + 0x1.8p23f) - 0x4b400000;
     const VecBytes bytes = __builtin_convertvector(rounded, VecBytes);
     std::memcpy(out + i, &bytes, static_cast<size_t>(count));
   });
