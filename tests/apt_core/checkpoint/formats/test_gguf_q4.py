@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType as QuantType
 
 from apt_core.checkpoint import open_checkpoint
 from apt_core.quantization import Int4Tensor
+from apt_kernels.cpu import native
 from tests.apt_core.checkpoint.quantized import load_model, logits
 from tests.apt_core.checkpoint.tiny import hf_model, write_gguf
 
@@ -45,7 +46,8 @@ def test_the_files_own_values_are_kept(quant: QuantType, arch: str, tmp_path: Pa
 def test_logits_differ_as_far_as_inputs_in_int8_make_them(quant: QuantType, tmp_path: Path) -> None:
     path = save(tmp_path, quant)
     model = load_model(path, "int4")
-    assert type(model.model.layers[0].self_attn.qkv_proj.weight).__name__ == "Int4Weight"
+    if native.is_enabled():
+        assert type(model.model.layers[0].self_attn.qkv_proj.weight).__name__ == "Int4Weight"
     expected = logits(load_model(path, "float32"))
     assert (logits(model) - expected).norm() / expected.norm() < 0.04
 
