@@ -13,8 +13,7 @@ struct Bf16Kernel {
   const uint8_t* x;
   int64_t x_stride;  // bytes
   int64_t num_words;
-
-  int64_t strip_bytes() const { return num_words * kStripWidth * 4; }
+  int64_t strip_bytes;
 
   template <int kRows, int kTileStrips, bool kIsStreaming>
   void tile(int64_t row, int64_t strip) const {
@@ -23,13 +22,16 @@ struct Bf16Kernel {
     for (auto& row_sums : sums) {
       for (auto& sum : row_sums) sum = broadcast_floats(0.0f);
     }
-    const uint8_t* weights = args.packed + strip * strip_bytes();
+    const uint8_t* weights = args.packed + strip * strip_bytes;
     const uint8_t* inputs = x + row * x_stride;
     for (int64_t word = 0; word < num_words; ++word, weights += 128, inputs += 4) {
+      if constexpr (kIsStreaming && kRows >= kMinPrefetchedRows) {
+        __builtin_prefetch(weights + kPrefetchedWords * 128, 0, 2);
+        __builtin_prefetch(weights + kPrefetchedWords * 128 + 64, 0, 2);
+      }
       Ints w[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) w[v] = load_ints(weights + v / 2 * strip_bytes() + v % 2 * 64);
-      if constexpr (kIsStreaming) prefetch_ahead<128>(weights);
+      for (int v = 0; v < kVectors; ++v) w[v] = load_ints(weights + v / 2 * strip_bytes + v % 2 * 64);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const uint32_t input = load_word(inputs + r * x_stride);
@@ -62,8 +64,7 @@ const uint8_t* pad_rows(const Linear& args) {
 void bf16_linear(const Linear& args) {
   const uint8_t* x = args.in % 2 == 0 ? static_cast<const uint8_t*>(args.x) : pad_rows(args);
   const int64_t num_words = round_up(args.in, 2) / 2;
-  const Bf16Kernel kernel{args, x, num_words * 4, num_words};
-  run_product(kernel, args.rows, num_strips(args.out_features), kernel.strip_bytes());
+  run_product(Bf16Kernel{args, x, num_words * 4, num_words, num_words * kStripWidth * 4});
 }
 
 }  // namespace apt::APT_ISA

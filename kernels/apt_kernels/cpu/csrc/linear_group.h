@@ -9,13 +9,14 @@ namespace apt::APT_ISA {
 
 // Format has
 //   kWordBytes: packed bytes of one word of inputs and a strip;
+//   kIsPrefetched: whether fetching words takes longer than unpacking them;
 //   load(weights, w): the words of 32 columns;
 //   start(rows, index): what a group's sums start from;
 //   add(rows, index, factors, sums, totals): a group's part of the totals, `factors` being what follows its weights;
 //   finish(column, total).
 template <typename Format>
 struct GroupKernel {
-  // One: each sum needs an integer and a float register.
+  // Each sum needs an integer and a float register.
   static constexpr int kStrips = 1;
 
   const Linear& args;
@@ -37,7 +38,6 @@ struct GroupKernel {
       const int64_t words = round_up(std::min(group_size, args.in - first), 4) / 4;
       add_words<kRows, kIsStreaming>(rows.values + row * rows.stride + first, weights, words, sums);
       weights += words * Format::kWordBytes;
-      if constexpr (kIsStreaming && Format::kFactorBytes > 0) prefetch_ahead<Format::kFactorBytes>(weights);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) format.add(rows, index_of(row + r, group), weights, sums[r], totals[r]);
       weights += Format::kFactorBytes;
@@ -57,7 +57,10 @@ struct GroupKernel {
     for (int64_t word = 0; word < words; ++word, weights += Format::kWordBytes, inputs += 4) {
       Ints w[2];
       Format::load(weights, w);
-      if constexpr (kIsStreaming) prefetch_ahead<Format::kWordBytes>(weights);
+      if constexpr (kIsStreaming && kRows >= kMinPrefetchedRows && Format::kIsPrefetched) {
+        for (int i = 0; i < Format::kWordBytes; i += 64)
+          __builtin_prefetch(weights + kPrefetchedWords * Format::kWordBytes + i, 0, 2);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const uint32_t input = load_word(inputs + r * rows.stride);
@@ -70,8 +73,7 @@ struct GroupKernel {
 
 template <typename Format>
 void run_groups(const Linear& args, const Format& format, int64_t group_size, int64_t strip_bytes) {
-  const GroupKernel<Format> kernel{args, format, quantize_rows(args, group_size), group_size, strip_bytes};
-  run_product(kernel, args.rows, num_strips(args.out_features), strip_bytes);
+  run_product(GroupKernel<Format>{args, format, quantize_rows(args, group_size), group_size, strip_bytes});
 }
 
 }  // namespace apt::APT_ISA

@@ -8,6 +8,7 @@ namespace {
 struct Int4Format {
   static constexpr int kWordBytes = 64;
   static constexpr int kFactorBytes = 4 * kStripWidth;
+  static constexpr bool kIsPrefetched = false;
 
   static void load(const uint8_t* weights, Ints (&w)[2]) {
     const Ints packed = load_ints(weights);

@@ -8,6 +8,7 @@ namespace {
 struct Int8Format {
   static constexpr int kWordBytes = 128;
   static constexpr int kFactorBytes = 0;
+  static constexpr bool kIsPrefetched = true;
 
   const Linear& args;
 

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kMinPerTask = 8192;  // inputs
 constexpr int64_t kAlignment = 64;
+constexpr float kSmallest = 1e-36f;  // groups below are zeros: 127 over less is infinite
 
 typedef int8_t VecBytes __attribute__((vector_size(kLanes)));
 
@@ -32,32 +33,24 @@ float largest_magnitude(const T* x, int64_t count) {
     const VecInt bits = (VecInt)load_some(x + i, count - i) & 0x7fffffff;
     largest = bits > largest ? bits : largest;
   }
-  int32_t lanes[kLanes];
-  std::memcpy(lanes, &largest, sizeof lanes);
-  return load_bits<float>(std::max_element(lanes, lanes + kLanes));
-}
-
-inline Vec clamp(Vec x, float most) {
-  const Vec below = x < most ? x : broadcast(most);
-  return below > -most ? below : broadcast(-most);
+  const int32_t bits = max(largest);
+  return load_bits<float>(&bits);
 }
 
 template <typename T>
 Group quantize_group(const T* x, int64_t count, int8_t* values) {
   const float largest = largest_magnitude(x, count);
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
   VecInt sums{};
   for (int64_t i = 0; i < count; i += kLanes) {
     // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the lowest bits.
-    const Vec shifted = clamp(load_some(x + i, count - i) * inverse, 127.0f) + 0x1.8p23f;
+    const Vec shifted = load_some(x + i, count - i) * inverse + 0x1.8p23f;
     const VecInt rounded = (VecInt)shifted - 0x4b400000;
     sums += rounded;
     const VecBytes bytes = __builtin_convertvector(rounded, VecBytes);
     std::memcpy(values + i, &bytes, sizeof bytes);
   }
-  int32_t sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
-  return {largest / 127.0f, sum};
+  return {largest / 127.0f, sum(sums)};
 }
 
 // `scales` and `sums` are those of the row's first group; the next group's are `stride` further.

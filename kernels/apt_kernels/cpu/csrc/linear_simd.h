@@ -32,6 +32,7 @@ inline Floats load_floats(const float* from) {
 
 // The first `count` of sixteen values, zeros after them; none if count is negative.
 inline Floats load_floats(const float* from, int64_t count) {
+  if (count >= kColumns) return load_floats(from);
   float values[kColumns] = {};
   std::copy(from, from + std::clamp<int64_t>(count, 0, kColumns), values);
   return load_floats(values);

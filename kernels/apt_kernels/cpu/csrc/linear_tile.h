@@ -16,16 +16,12 @@ constexpr int kTileRows = 6;
 constexpr int kMaxFewRows = 2;
 constexpr int kTileRows = 2;
 #endif
-// How far ahead of the loads packed weights are fetched when they come from memory.
-constexpr int64_t kPrefetchBytes = 2048;
-// Packed weights per task of few rows: enough to stream, little enough to share out evenly.
-constexpr int64_t kTaskBytes = 96 * 1024;
-
-// Fetches what will be needed after kPrefetchBytes; a strip's weights are followed by the next strip's.
-template <int kBytes>
-inline void prefetch_ahead(const uint8_t* weights) {
-  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(weights + kPrefetchBytes + i);
-}
+// One row takes its weights as fast as they come. Several keep the processor from looking that far ahead, so that weights
+// are fetched these words before they are used.
+constexpr int kMinPrefetchedRows = 3;
+constexpr int64_t kPrefetchedWords = 64;
+// Packed weights per task of few rows: little enough to share out evenly.
+constexpr int64_t kTaskBytes = 32 * 1024;
 
 template <typename T>
 inline void store_features(const Linear& args, int64_t row, int64_t feature, const Floats& values) {
@@ -75,44 +71,49 @@ inline void with_rows(int64_t rows, F f) {
 
 // Few rows: strip after strip, each read from memory once.
 template <typename Kernel>
-void run_few_rows(const Kernel& kernel, int64_t rows, int64_t strips, int64_t strip_bytes) {
-  const int64_t wanted = round_up(strips * strip_bytes, kTaskBytes) / kTaskBytes;
+void run_few_rows(const Kernel& kernel, int64_t strips) {
+  const int64_t wanted = round_up(strips * kernel.strip_bytes, kTaskBytes) / kTaskBytes;
   const int64_t tasks = std::min(strips, round_up(wanted, num_threads()));
   parallel_for(tasks, [&](int64_t task) {
     for (int64_t strip = strips * task / tasks; strip < strips * (task + 1) / tasks; ++strip) {
-      with_rows<kMaxFewRows>(rows, [&](auto count) { kernel.template tile<count(), 1, true>(0, strip); });
+      with_rows<kMaxFewRows>(kernel.args.rows, [&](auto rows) { kernel.template tile<rows(), 1, true>(0, strip); });
     }
   });
 }
 
 // Many rows: a group of strips stays in the second-level cache while the rows pass by.
 template <typename Kernel>
-void run_many_rows(const Kernel& kernel, int64_t rows, int64_t strips) {
-  const int64_t groups = round_up(strips, Kernel::kStrips) / Kernel::kStrips;
+void run_many_rows(const Kernel& kernel, int64_t strips) {
+  constexpr int64_t kStrips = Kernel::kStrips;
+  const int64_t rows = kernel.args.rows;
+  const int64_t groups = round_up(strips, kStrips) / kStrips;
   const int64_t tiles = round_up(rows, kTileRows) / kTileRows;
   // Few groups of strips cannot be shared out evenly: cut the rows as well.
   const int64_t wanted_blocks = round_up(8 * num_threads(), groups) / groups;
   const int64_t blocks = num_threads() == 1 ? 1 : std::clamp<int64_t>(tiles / 3, 1, wanted_blocks);
   parallel_for(groups * blocks, [&](int64_t task) {
-    const int64_t strip = task / blocks * Kernel::kStrips, block = task % blocks;
-    const bool is_whole = strip + Kernel::kStrips <= strips;
-    for_tiles(rows * block / blocks, rows * (block + 1) / blocks, kTileRows, [&](int64_t row, int64_t count) {
+    const int64_t strip = task / blocks * kStrips, block = task % blocks;
+    const int64_t begin = rows * block / blocks, end = rows * (block + 1) / blocks;
+    const bool is_whole = strip + kStrips <= strips;
+    for_tiles(begin, end, kTileRows, [&](int64_t row, int64_t count) {
       with_rows<kTileRows>(count, [&](auto tile_rows) {
-        if (is_whole) return kernel.template tile<tile_rows(), Kernel::kStrips, false>(row, strip);
+        if (is_whole) return kernel.template tile<tile_rows(), kStrips, false>(row, strip);
         kernel.template tile<tile_rows(), 1, false>(row, strip);
       });
     });
   });
 }
 
-// kernel.tile<rows, strips, is_streaming>(first_row, first_strip) computes and stores one tile of at most
-// Kernel::kStrips strips; is_streaming: its weights come from memory.
+// A kernel has `args`, `strip_bytes`, and tile<rows, strips, is_streaming>(first_row, first_strip), which computes and
+// stores one tile: of at most kTileRows rows and kStrips strips or, is_streaming, of at most kMaxFewRows rows and one
+// strip whose weights come from memory.
 template <typename Kernel>
-void run_product(const Kernel& kernel, int64_t rows, int64_t strips, int64_t strip_bytes) {
-  if (rows <= kMaxFewRows) {
-    run_few_rows(kernel, rows, strips, strip_bytes);
+void run_product(const Kernel& kernel) {
+  const int64_t strips = num_strips(kernel.args.out_features);
+  if (kernel.args.rows <= kMaxFewRows) {
+    run_few_rows(kernel, strips);
   } else {
-    run_many_rows(kernel, rows, strips);
+    run_many_rows(kernel, strips);
   }
 }
 

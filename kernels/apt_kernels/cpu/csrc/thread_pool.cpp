@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cassert>
 #include <chrono>
 #include <climits>
 #include <mutex>
@@ -22,7 +21,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr auto kSpinTime = std::chrono::microseconds(50);
 constexpr int kPausesPerLook = 16;  // between two looks at the clock
-constexpr uint32_t kClosed = UINT32_MAX;
 
 thread_local bool is_inside_task = false;
 
@@ -61,11 +59,33 @@ int usable_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
+// Which chunks of a thread's share nobody has taken yet, as one word that can be claimed from at either end: job number,
+// first chunk, end. A word with chunks left never comes back, so a late thread's claim on an old job fails.
+struct Remaining {
+  uint32_t job;
+  uint16_t first, end;
+
+  static Remaining from(uint64_t word) {
+    return {static_cast<uint32_t>(word >> 32), static_cast<uint16_t>(word >> 16), static_cast<uint16_t>(word)};
+  }
+  uint64_t word() const { return uint64_t{job} << 32 | uint32_t{first} << 16 | end; }
+  bool is_empty() const { return first == end; }
+};
+
+constexpr int64_t kMaxChunks = UINT16_MAX;
+
+// What a thread is to do, in one cache line: the owner polls it, and whoever has finished his own helps.
+struct alignas(64) Share {
+  std::atomic<uint64_t> remaining{0};
+  std::atomic<void (*)(void*, int64_t)> fn{nullptr};
+  std::atomic<void*> context{nullptr};
+  std::atomic<int64_t> num_tasks{0}, chunk_size{1};
+};
+
 class Pool {
  public:
-  explicit Pool(int num_threads) {
-    const int num_workers = std::max(num_threads, 1) - 1;
-    for (int i = 0; i < num_workers; ++i) workers_.emplace_back([this] { work(); });
+  explicit Pool(int num_threads) : shares_(static_cast<size_t>(std::max(num_threads, 1))) {
+    for (size_t i = 1; i < shares_.size(); ++i) workers_.emplace_back([this, i] { work(i); });
   }
 
   ~Pool() {
@@ -75,61 +95,75 @@ class Pool {
     for (auto& worker : workers_) worker.join();
   }
 
-  int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
-
   // One caller at a time.
   void run(int64_t num_tasks, void (*fn)(void*, int64_t), void* context) {
     const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
-    // A worker that is late for the job before must not mistake the new job's fields for the old one's: its claim fails
-    // as soon as the job number in cursor_ changes.
-    cursor_.store(pack(job, kClosed));
-    fn_.store(fn, std::memory_order_release);
-    context_.store(context, std::memory_order_release);
-    num_tasks_.store(static_cast<uint32_t>(num_tasks), std::memory_order_release);
-    num_left_.store(static_cast<uint32_t>(num_tasks), std::memory_order_relaxed);
-    cursor_.store(pack(job, 0));
+    const auto num_threads = static_cast<int64_t>(shares_.size());
+    const int64_t chunk_size = (num_tasks + kMaxChunks - 1) / kMaxChunks;
+    const int64_t num_chunks = (num_tasks + chunk_size - 1) / chunk_size;
+    num_left_.store(static_cast<uint32_t>(num_chunks), std::memory_order_relaxed);
+    for (int64_t i = num_threads - 1; i >= 0; --i) {  // the caller's own last
+      Share& share = shares_[static_cast<size_t>(i)];
+      share.fn.store(fn, std::memory_order_relaxed);
+      share.context.store(context, std::memory_order_relaxed);
+      share.num_tasks.store(num_tasks, std::memory_order_relaxed);
+      share.chunk_size.store(chunk_size, std::memory_order_relaxed);
+      const Remaining all{job, static_cast<uint16_t>(num_chunks * i / num_threads),
+                          static_cast<uint16_t>(num_chunks * (i + 1) / num_threads)};
+      share.remaining.store(all.word(), std::memory_order_release);
+    }
     job_.store(job);
-    if (num_sleeping_.load() > 0) futex_wake(job_, static_cast<int>(std::min<int64_t>(num_tasks - 1, INT_MAX)));
-    take_tasks();
+    if (num_sleeping_.load() > 0) futex_wake(job_, static_cast<int>(std::min<int64_t>(num_chunks - 1, INT_MAX)));
+    take_chunks(0);
     wait_for_others();
   }
 
  private:
-  static uint64_t pack(uint32_t job, uint32_t task) { return static_cast<uint64_t>(job) << 32 | task; }
-
-  void work() {
+  void work(size_t index) {
     is_inside_task = true;
     uint32_t seen = 0;
     while (!is_stopping_) {
-      const auto has_new_job = [&] { return job_.load(std::memory_order_acquire) != seen; };
+      const auto has_new_job = [&] {
+        return Remaining::from(shares_[index].remaining.load(std::memory_order_acquire)).job != seen;
+      };
       if (!spin_until(has_new_job)) {
         ++num_sleeping_;
         futex_wait(job_, seen);
         --num_sleeping_;
       }
-      seen = job_.load();
-      take_tasks();
+      seen = Remaining::from(shares_[index].remaining.load(std::memory_order_acquire)).job;
+      take_chunks(index);
     }
   }
 
-  // Takes tasks of the current job until none is left. The job cannot end, nor its fields change, between a claim and
-  // the report that the task is done.
-  void take_tasks() {
+  // Runs the thread's own chunks in order, so that what lies side by side in memory is read by one thread; then what
+  // others have left, from the end.
+  void take_chunks(size_t own) {
     uint32_t num_done = 0;
-    uint64_t cursor = cursor_.load();
-    for (;;) {
-      const auto fn = fn_.load(std::memory_order_acquire);
-      const auto context = context_.load(std::memory_order_acquire);
-      const uint32_t num_tasks = num_tasks_.load(std::memory_order_acquire);
-      const uint32_t task = static_cast<uint32_t>(cursor);
-      if (task == kClosed || task >= num_tasks) break;
-      if (!cursor_.compare_exchange_weak(cursor, cursor + 1)) continue;
-      fn(context, task);
-      ++num_done;
-      cursor = cursor_.load();
+    for (size_t i = 0; i < shares_.size(); ++i) {
+      Share& share = shares_[(own + i) % shares_.size()];
+      while (take_chunk(share, i == 0)) ++num_done;
     }
     if (num_done == 0 || num_left_.fetch_sub(num_done) != num_done) return;
     if (is_caller_asleep_.load()) futex_wake(num_left_, 1);
+  }
+
+  // The job cannot end, nor the share's fields change, between a claim and the report that the chunk is done.
+  static bool take_chunk(Share& share, bool is_own) {
+    uint64_t word = share.remaining.load(std::memory_order_acquire);
+    for (;;) {
+      Remaining remaining = Remaining::from(word);
+      if (remaining.is_empty()) return false;
+      const auto fn = share.fn.load(std::memory_order_relaxed);
+      const auto context = share.context.load(std::memory_order_relaxed);
+      const int64_t num_tasks = share.num_tasks.load(std::memory_order_relaxed);
+      const int64_t chunk_size = share.chunk_size.load(std::memory_order_relaxed);
+      const int64_t chunk = is_own ? remaining.first++ : --remaining.end;
+      if (!share.remaining.compare_exchange_weak(word, remaining.word(), std::memory_order_acq_rel)) continue;
+      const int64_t end = std::min((chunk + 1) * chunk_size, num_tasks);
+      for (int64_t task = chunk * chunk_size; task < end; ++task) fn(context, task);
+      return true;
+    }
   }
 
   void wait_for_others() {
@@ -139,15 +173,12 @@ class Pool {
     is_caller_asleep_ = false;
   }
 
+  std::vector<Share> shares_;  // the caller's first
   // Each on a cache line of its own: workers poll one while others are written.
-  alignas(64) std::atomic<uint64_t> cursor_{0};  // job number << 32 | next task
-  alignas(64) std::atomic<uint32_t> num_left_{0};
+  alignas(64) std::atomic<uint32_t> num_left_{0};  // chunks
+  std::atomic<bool> is_caller_asleep_{false};
   alignas(64) std::atomic<uint32_t> job_{0};
   std::atomic<int> num_sleeping_{0};
-  alignas(64) std::atomic<void (*)(void*, int64_t)> fn_{nullptr};
-  std::atomic<void*> context_{nullptr};
-  std::atomic<uint32_t> num_tasks_{0};
-  std::atomic<bool> is_caller_asleep_{false};
   std::atomic<bool> is_stopping_{false};
   std::vector<std::thread> workers_;
 };
@@ -189,7 +220,6 @@ void set_num_threads(int count) {
 }
 
 void run_tasks(int64_t num_tasks, void (*fn)(void* context, int64_t task), void* context) {
-  assert(num_tasks < kClosed);
   if (num_tasks <= 1 || is_inside_task || num_threads() == 1) {
     for (int64_t task = 0; task < num_tasks; ++task) fn(context, task);
     return;

@@ -1,8 +1,10 @@
 // A small persistent thread pool, shared by all ops of the process.
 //
-// Tasks are handed out one by one, so a thread that the machine delays delays only the task it is in. Idle workers spin
-// for some tens of microseconds, which bridges the gap between two ops of a step, and then sleep: a spinning OpenMP pool
-// makes a step many times slower as soon as another process wants a core.
+// Each thread has a share of consecutive tasks, which it runs in order: two threads that stream a matrix from memory read
+// two streams and not one in turns, which is 10 % faster. A thread that has done its share takes tasks from the end of
+// the others', so a thread that the machine delays delays only the task it is in. Idle workers spin for some tens of
+// microseconds, which bridges the gap between two ops of a step, and then sleep: a spinning OpenMP pool makes a step many
+// times slower as soon as another process wants a core.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +16,7 @@ namespace apt {
 int num_threads();
 void set_num_threads(int count);
 
-// Calls fn(context, task) for each task of 0 .. num_tasks - 1 (fewer than 2^32 - 1) and returns when all are done.
+// Calls fn(context, task) for each task of 0 .. num_tasks - 1 and returns when all are done.
 // Calls from several threads take turns; a call from within a task runs inline. fn must not throw.
 void run_tasks(int64_t num_tasks, void (*fn)(void* context, int64_t task), void* context);
 

@@ -1,6 +1,7 @@
 // Vectors of float32, as wide as the instruction set has them. Compiled once per instruction set.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -100,21 +101,26 @@ inline void store_first(T* to, Vec value, int64_t count) {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-inline float sum(Vec value) {
-  float lanes[kLanes];
-  store(lanes, value);
+// Halves are combined until one lane is left.
+template <typename V, typename F>
+inline auto reduce(V value, F combine) {
+  auto lanes = load_bits<std::array<decltype(value[0] + value[0]), kLanes>>(&value);
   for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    for (int i = 0; i < width; ++i) lanes[i] = combine(lanes[i], lanes[i + width]);
   return lanes[0];
 }
 
-inline float max(Vec value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
-}
+#if defined(__AVX512F__)  // the same, without a way through memory
+inline float sum(Vec value) { return _mm512_reduce_add_ps((__m512)value); }
+inline int32_t sum(VecInt value) { return _mm512_reduce_add_epi32((__m512i)value); }
+inline int32_t max(VecInt value) { return _mm512_reduce_max_epi32((__m512i)value); }
+#else
+inline float sum(Vec value) { return reduce(value, [](float a, float b) { return a + b; }); }
+inline int32_t sum(VecInt value) { return reduce(value, [](int32_t a, int32_t b) { return a + b; }); }
+inline int32_t max(VecInt value) { return reduce(value, [](int32_t a, int32_t b) { return a > b ? a : b; }); }
+#endif
+
+inline float max(Vec value) { return reduce(value, [](float a, float b) { return a > b ? a : b; }); }
 
 // Of magnitudes as integers, which have the order of the floats; NaN is the largest, so that it cannot get lost.
 inline Vec largest_magnitude(Vec a, Vec b) {
