@@ -9,7 +9,7 @@
 namespace apt::APT_ISA {
 namespace {
 
-constexpr int64_t kMinPerTask = 8192;  // inputs
+constexpr int64_t kMinPerTask = 32768;  // inputs; below, handing work over takes longer than doing it
 constexpr int64_t kAlignment = 64;
 constexpr float kSmallest = 1e-36f;  // groups below are zeros: 127 over less is infinite
 
@@ -20,37 +20,39 @@ struct Group {
   int32_t sum;
 };
 
-template <typename T>
-inline Vec load_some(const T* from, int64_t count) {
-  return count >= kLanes ? load(from) : load_first(from, count);
+// Calls f(offset, vector) for each vector of a group; the last is filled up with zeros.
+template <typename T, typename F>
+inline void for_each_vec(const T* x, int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(i, load(x + i));
+  if (i < count) f(i, load_first(x + i, count - i));
 }
 
 // As integers the magnitudes of floats have the same order, and NaN is the largest: nothing gets lost.
 template <typename T>
-float largest_magnitude(const T* x, int64_t count) {
+inline float largest_magnitude(const T* x, int64_t count) {
   VecInt largest{};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const VecInt bits = (VecInt)load_some(x + i, count - i) & 0x7fffffff;
+  for_each_vec(x, count, [&](int64_t, Vec value) {
+    const VecInt bits = (VecInt)value & 0x7fffffff;
     largest = bits > largest ? bits : largest;
-  }
+  });
   const int32_t bits = max(largest);
   return load_bits<float>(&bits);
 }
 
 template <typename T>
-Group quantize_group(const T* x, int64_t count, int8_t* values) {
+inline Group quantize_group(const T* x, int64_t count, int8_t* values) {
   const float largest = largest_magnitude(x, count);
   const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
   VecInt sums{};
-  for (int64_t i = 0; i < count; i += kLanes) {
+  for_each_vec(x, count, [&](int64_t i, Vec value) {
     // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the lowest bits.
-    const Vec shifted = load_some(x + i, count - i) * inverse + 0x1.8p23f;
-    const VecInt rounded = (VecInt)shifted - 0x4b400000;
+    const VecInt rounded = (VecInt)(value * inverse + 0x1.8p23f) - 0x4b400000;
     sums += rounded;
     const VecBytes bytes = __builtin_convertvector(rounded, VecBytes);
     std::memcpy(values + i, &bytes, sizeof bytes);
-  }
-  return {largest / 127.0f, sum(sums)};
+  });
+  return {largest * (1.0f / 127.0f), sum(sums)};
 }
 
 // `scales` and `sums` are those of the row's first group; the next group's are `stride` further.
