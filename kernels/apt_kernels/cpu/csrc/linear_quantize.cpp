@@ -46,13 +46,12 @@ inline Group quantize_group(const T* x, int64_t count, int8_t* values) {
   const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
   VecInt sums{};
   for_each_vec(x, count, [&](int64_t i, Vec value) {
-    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the lowest bits.
-    const VecInt rounded = (VecInt)(value * inverse + 0x1.8p23f) - 0x4b400000;
+    const VecInt rounded = nearest(value * inverse);
     sums += rounded;
     const VecBytes bytes = __builtin_convertvector(rounded, VecBytes);
     std::memcpy(values + i, &bytes, sizeof bytes);
   });
-  return {largest * (1.0f / 127.0f), sum(sums)};
+  return {largest / 127.0f, sum(sums)};
 }
 
 // `scales` and `sums` are those of the row's first group; the next group's are `stride` further.

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -86,6 +86,17 @@ inline Vec rounded<float>(Vec value) {
 template <>
 inline Vec rounded<Bf16>(Vec value) {
   return (Vec)(__builtin_convertvector(to_bf16(value), VecWord) << 16);
+}
+
+// The nearest integers, ties to even, of values below 2^22.
+inline VecInt nearest(Vec value) {
+#if defined(__AVX512F__)
+  return (VecInt)_mm512_cvtps_epi32((__m512)value);
+#elif defined(__AVX2__)
+  return (VecInt)_mm256_cvtps_epi32((__m256)value);
+#else
+  return (VecInt)(value + 0x1.8p23f) - 0x4b400000;  // the sum's lowest bits hold the integer
+#endif
 }
 
 // The first `count` values at `from`, zeros after them; the memory beyond is not read.
