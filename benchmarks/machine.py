@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,11 @@ def measure_limits(dtype: torch.dtype) -> Limits:
     size = 2048
     gemm = 2 * size**3 / best_of(_product(dtype, size), 5)
     return Limits(read_gb_s=read / 1e9, gemm_gflop_s=gemm / 1e9)
+
+
+def best_limits(found: Sequence[Limits]) -> Limits:
+    """The best of several measurements: something else on the machine can only have slowed one of them."""
+    return Limits(max(limits.read_gb_s for limits in found), max(limits.gemm_gflop_s for limits in found))
 
 
 def _product(dtype: torch.dtype, size: int) -> Callable[[], object]:

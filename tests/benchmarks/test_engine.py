@@ -15,7 +15,7 @@ from apt_serve.engine.engine import Engine
 from benchmarks.engine.__main__ import Shape
 from benchmarks.engine.offline import Workload, run_offline
 from benchmarks.limits import num_layer_weights
-from benchmarks.machine import Limits
+from benchmarks.machine import Limits, best_limits
 from benchmarks.models import QWEN3_06B, WEIGHTS, resolve, write_random
 from benchmarks.peers.weights import shared_weights
 
@@ -85,3 +85,8 @@ def test_many_streams_are_bound_by_multiplying() -> None:
     limit = shape.decode_limit(Limits(read_gb_s=30.0, gemm_gflop_s=800.0), Workload(32, 128, 64))
     assert limit.bound_by == "multiplying"
     assert limit.tokens_per_s == pytest.approx(800e9 / (2 * 0.596e9), rel=0.01)
+
+
+def test_the_best_of_each_rate_is_the_limit() -> None:
+    found = [Limits(read_gb_s=30.0, gemm_gflop_s=400.0), Limits(read_gb_s=20.0, gemm_gflop_s=800.0)]
+    assert best_limits(found) == Limits(read_gb_s=30.0, gemm_gflop_s=800.0)
