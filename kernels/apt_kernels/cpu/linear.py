@@ -91,7 +91,7 @@ class Bf16Weight:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
         """See PackedWeight."""
         out: torch.Tensor = torch.ops.apt_cpu.linear_bf16(
-            x.to(torch.bfloat16), self.data, self.out_features, bias, out_dtype, False
+            x.to(torch.bfloat16), self.data, self.out_features, bias, out_dtype
         )
         return out
 
@@ -108,7 +108,7 @@ class Int8Weight:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
         """See PackedWeight."""
         out: torch.Tensor = torch.ops.apt_cpu.linear_int8(
-            x, self.data, self.scales, self.out_features, bias, out_dtype, False
+            x, self.data, self.scales, self.out_features, bias, out_dtype
         )
         return out
 
@@ -125,7 +125,7 @@ class Int4Weight:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
         """See PackedWeight."""
         out: torch.Tensor = torch.ops.apt_cpu.linear_int4(
-            x, self.data, self.group_size, self.out_features, bias, out_dtype, False
+            x, self.data, self.group_size, self.out_features, bias, out_dtype
         )
         return out
 

@@ -44,8 +44,8 @@ class Product {
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
 
-  // x [rows, in] -> y [rows, out], both bf16.
-  void operator()(const void* x, void* y, int64_t rows) const {
+  // x [rows, in] -> y [rows, out], and [rows, out / 2] gated if it is not null; all bf16.
+  void operator()(const void* x, void* y, int64_t rows, void* gated = nullptr) const {
     apt::Linear args{};
     args.x = x;
     args.packed = data_.const_data_ptr<uint8_t>();
@@ -57,6 +57,7 @@ class Product {
     args.out_features = out_;
     args.group_size = group_size_;
     args.is_x_bf16 = args.is_out_bf16 = true;
+    args.gated = gated;
     switch (format_) {
       case Format::bf16: APT_DISPATCH(bf16_linear, args); break;
       case Format::int8: APT_DISPATCH(int8_linear, args); break;
@@ -228,9 +229,13 @@ class DecoderLayers : public torch::CustomClassHolder {
       APT_DISPATCH(paged_attention, attention_);
       layer.attention_out(attended_.const_data_ptr(), out_.mutable_data_ptr(), rows_);
       add_norm(layer.post_attention_norm);
-      layer.gate_up(normed_.const_data_ptr(), wide_.mutable_data_ptr(), rows_);
-      const apt::SiluAndMul gate{wide_.const_data_ptr(), inner_.mutable_data_ptr(), rows_, layer.down.in(), true};
-      APT_DISPATCH(silu_and_mul, gate);
+      if (apt::can_gate(layer.gate_up.out())) {
+        layer.gate_up(normed_.const_data_ptr(), wide_.mutable_data_ptr(), rows_, inner_.mutable_data_ptr());
+      } else {
+        layer.gate_up(normed_.const_data_ptr(), wide_.mutable_data_ptr(), rows_);
+        const apt::SiluAndMul gate{wide_.const_data_ptr(), inner_.mutable_data_ptr(), rows_, layer.down.in(), true};
+        APT_DISPATCH(silu_and_mul, gate);
+      }
       layer.down(inner_.const_data_ptr(), out_.mutable_data_ptr(), rows_);
     }
 

@@ -82,13 +82,12 @@ struct Call {
   apt::Linear args{};
 
   Call(const Tensor& input, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias,
-       at::ScalarType out_type, bool is_gated)
+       at::ScalarType out_type)
       : x(input.contiguous()) {
     TORCH_CHECK(x.dim() == 2, "x: [rows, in]");
     TORCH_CHECK(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat, "x: float32 or bfloat16");
     TORCH_CHECK(out_type == at::kBFloat16 || out_type == at::kFloat, "out_dtype: float32 or bfloat16");
-    TORCH_CHECK(!is_gated || out_features % 32 == 0, "is_gated: out must be a multiple of 32");
-    out = at::empty({x.size(0), is_gated ? out_features / 2 : out_features}, x.options().dtype(out_type));
+    out = at::empty({x.size(0), out_features}, x.options().dtype(out_type));
     args.x = x.const_data_ptr();
     args.packed = packed.const_data_ptr<uint8_t>();
     args.out = out.mutable_data_ptr();
@@ -98,7 +97,6 @@ struct Call {
     args.out_features = out_features;
     args.is_x_bf16 = x.scalar_type() == at::kBFloat16;
     args.is_out_bf16 = out_type == at::kBFloat16;
-    args.is_gated = is_gated;
   }
 
   bool is_empty() const { return out.numel() == 0; }
@@ -109,8 +107,8 @@ void check_packed(const Tensor& packed, int64_t bytes) {
 }
 
 Tensor linear_bf16(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias,
-                   at::ScalarType out_dtype, bool is_gated) {
-  Call call(x, packed, out_features, bias, out_dtype, is_gated);
+                   at::ScalarType out_dtype) {
+  Call call(x, packed, out_features, bias, out_dtype);
   TORCH_CHECK(call.args.is_x_bf16, "x: bfloat16");
   check_packed(packed, apt::bf16_packed_bytes(out_features, call.args.in));
   if (!call.is_empty()) APT_DISPATCH(bf16_linear, call.args);
@@ -118,8 +116,8 @@ Tensor linear_bf16(const Tensor& x, const Tensor& packed, int64_t out_features, 
 }
 
 Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scales, int64_t out_features,
-                   const std::optional<Tensor>& bias, at::ScalarType out_dtype, bool is_gated) {
-  Call call(x, packed, out_features, bias, out_dtype, is_gated);
+                   const std::optional<Tensor>& bias, at::ScalarType out_dtype) {
+  Call call(x, packed, out_features, bias, out_dtype);
   check_packed(packed, apt::int8_packed_bytes(out_features, call.args.in));
   call.args.scales = float_data(scales, out_features, "scales");
   if (!call.is_empty()) APT_DISPATCH(int8_linear, call.args);
@@ -127,8 +125,8 @@ Tensor linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scales, 
 }
 
 Tensor linear_int4(const Tensor& x, const Tensor& packed, int64_t group_size, int64_t out_features,
-                   const std::optional<Tensor>& bias, at::ScalarType out_dtype, bool is_gated) {
-  Call call(x, packed, out_features, bias, out_dtype, is_gated);
+                   const std::optional<Tensor>& bias, at::ScalarType out_dtype) {
+  Call call(x, packed, out_features, bias, out_dtype);
   check_group_size(call.args.in, group_size);
   check_packed(packed, apt::int4_packed_bytes(out_features, call.args.in, group_size));
   call.args.group_size = group_size;
@@ -143,14 +141,14 @@ TORCH_LIBRARY_FRAGMENT(apt_cpu, m) {
   m.def("pack_int8(Tensor weight) -> Tensor");
   m.def("pack_int4(Tensor weight, Tensor scales, Tensor minima, int group_size) -> Tensor");
   m.def(
-      "linear_bf16(Tensor x, Tensor packed, int out_features, Tensor? bias, ScalarType out_dtype, bool is_gated) "
+      "linear_bf16(Tensor x, Tensor packed, int out_features, Tensor? bias, ScalarType out_dtype) "
       "-> Tensor");
   m.def(
-      "linear_int8(Tensor x, Tensor packed, Tensor scales, int out_features, Tensor? bias, ScalarType out_dtype, "
-      "bool is_gated) -> Tensor");
+      "linear_int8(Tensor x, Tensor packed, Tensor scales, int out_features, Tensor? bias, ScalarType out_dtype) "
+      "-> Tensor");
   m.def(
-      "linear_int4(Tensor x, Tensor packed, int group_size, int out_features, Tensor? bias, ScalarType out_dtype, "
-      "bool is_gated) -> Tensor");
+      "linear_int4(Tensor x, Tensor packed, int group_size, int out_features, Tensor? bias, ScalarType out_dtype) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(apt_cpu, CPU, m) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "silu.h"
 #include "thread_pool.h"
 #include "vec.h"
 
@@ -13,32 +14,10 @@ constexpr int64_t kMinPerTask = 8192;  // elements; below, waking a thread costs
 
 int64_t rows_per_task(int64_t row_size) { return std::max<int64_t>(kMinPerTask / std::max<int64_t>(row_size, 1), 1); }
 
-// Calls f(offset, count) for each vector of a row; count is less than kLanes for a ragged last one only.
-template <typename F>
-inline void for_each_vec(int64_t size, F f) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) f(i, kLanes);
-  if (i < size) f(i, static_cast<int>(size - i));
-}
-
-template <typename T>
-inline Vec load_some(const T* from, int count) {
-  return count == kLanes ? load(from) : load_first(from, count);
-}
-
-template <typename T>
-inline void store_some(T* to, Vec value, int count) {
-  if (count == kLanes) {
-    store(to, value);
-  } else {
-    store_first(to, value, count);
-  }
-}
-
 template <typename T>
 float inverse_rms(const T* x, int64_t size, float eps) {
   Vec squares{};
-  for_each_vec(size, [&](int64_t i, int count) {
+  for_each_vec(size, [&](int64_t i, int64_t count) {
     const Vec value = load_some(x + i, count);
     squares += value * value;
   });
@@ -48,7 +27,7 @@ float inverse_rms(const T* x, int64_t size, float eps) {
 template <typename T>
 void norm_row(const T* x, const T* weight, T* out, int64_t size, float eps) {
   const float scale = inverse_rms(x, size, eps);
-  for_each_vec(size, [&](int64_t i, int count) {
+  for_each_vec(size, [&](int64_t i, int64_t count) {
     const Vec scaled = rounded<T>(load_some(x + i, count) * scale);
     store_some(out + i, scaled * load_some(weight + i, count), count);
   });
@@ -56,7 +35,7 @@ void norm_row(const T* x, const T* weight, T* out, int64_t size, float eps) {
 
 template <typename T>
 void add_row(const T* x, const T* residual, T* out, int64_t size) {
-  for_each_vec(size, [&](int64_t i, int count) {
+  for_each_vec(size, [&](int64_t i, int64_t count) {
     store_some(out + i, load_some(x + i, count) + load_some(residual + i, count), count);
   });
 }
@@ -82,11 +61,7 @@ void silu_and_mul_as(const SiluAndMul& a) {
   parallel_for_ranges(a.rows, rows_per_task(4 * a.size), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* gate = gate_up + 2 * row * a.size;
-      for_each_vec(a.size, [&](int64_t i, int count) {
-        const Vec x = load_some(gate + i, count);
-        const Vec silu = rounded<T>(x / (1.0f + exp(-x)));
-        store_some(out + row * a.size + i, silu * load_some(gate + a.size + i, count), count);
-      });
+      silu_and_mul_row(gate, gate + a.size, out + row * a.size, a.size);
     }
   });
 }
@@ -95,7 +70,7 @@ void silu_and_mul_as(const SiluAndMul& a) {
 template <typename T>
 void rotate_head(const T* x, const T* cos, const T* sin, T* out, int64_t head_dim) {
   const int64_t half = head_dim / 2;
-  for_each_vec(half, [&](int64_t i, int count) {
+  for_each_vec(half, [&](int64_t i, int64_t count) {
     const Vec first = load_some(x + i, count), second = load_some(x + half + i, count);
     const Vec c = load_some(cos + i, count), s = load_some(sin + i, count);
     store_some(out + i, rounded<T>(first * c) - rounded<T>(second * s), count);
@@ -119,12 +94,12 @@ void norm_and_rotate_head(const T* x, const T* weight, float eps, const T* cos, 
 template <typename T>
 float quantize_head(const T* x, int8_t* out, int64_t size) {
   Vec largest_lanes{};
-  for_each_vec(size, [&](int64_t i, int count) {
+  for_each_vec(size, [&](int64_t i, int64_t count) {
     largest_lanes = largest_magnitude(largest_lanes, load_some(x + i, count));
   });
   const float largest = largest_magnitude(largest_lanes);
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  for_each_vec(size, [&](int64_t i, int count) {
+  for_each_vec(size, [&](int64_t i, int64_t count) {
     // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the lowest bits. The bound keeps the compiler from
     // fusing product and sum, which would break ties differently from the twin.
     const Vec scaled = max(load_some(x + i, count) * inverse, broadcast(-127.0f));

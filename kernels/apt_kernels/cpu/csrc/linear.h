@@ -42,17 +42,21 @@ struct PackWeight {
   int64_t group_size = 0;
 };
 
-// A gated product has its outputs interleaved by 16, gate and up, and gives silu(gate) * up: half as many features.
 struct Linear {
   const void* x;          // [rows, in] bf16, or float32 for int8 and int4
   const uint8_t* packed;
-  void* out;              // [rows, out] or, gated, [rows, out / 2]: bf16 or float32
+  void* out;              // [rows, out], bf16 or float32
   const float* bias;      // [out] in packed order, or null
   const float* scales;    // int8: [out] in packed order
   int64_t rows, in, out_features;
   int64_t group_size;  // int4
-  bool is_x_bf16, is_out_bf16, is_gated;
+  bool is_x_bf16, is_out_bf16;
+  // [rows, out / 2] bf16, or null: silu(gate) * up, of outputs that are gate and up side by side. They must be bf16, and
+  // strips must not lie across both (can_gate).
+  void* gated;
 };
+
+inline bool can_gate(int64_t out_features) { return out_features % (2 * kStripWidth) == 0; }
 
 }  // namespace apt
 

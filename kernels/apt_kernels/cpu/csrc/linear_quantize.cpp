@@ -20,20 +20,12 @@ struct Group {
   int32_t sum;
 };
 
-// Calls f(offset, vector) for each vector of a group; the last is filled up with zeros.
-template <typename T, typename F>
-inline void for_each_vec(const T* x, int64_t count, F f) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) f(i, load(x + i));
-  if (i < count) f(i, load_first(x + i, count - i));
-}
-
 // As integers the magnitudes of floats have the same order, and NaN is the largest: nothing gets lost.
 template <typename T>
 inline float largest_magnitude(const T* x, int64_t count) {
   VecInt largest{};
-  for_each_vec(x, count, [&](int64_t, Vec value) {
-    const VecInt bits = (VecInt)value & 0x7fffffff;
+  for_each_vec(count, [&](int64_t i, int64_t some) {
+    const VecInt bits = (VecInt)load_some(x + i, some) & 0x7fffffff;
     largest = bits > largest ? bits : largest;
   });
   const int32_t bits = max(largest);
@@ -45,8 +37,8 @@ inline Group quantize_group(const T* x, int64_t count, int8_t* values) {
   const float largest = largest_magnitude(x, count);
   const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
   VecInt sums{};
-  for_each_vec(x, count, [&](int64_t i, Vec value) {
-    const VecInt rounded = nearest(value * inverse);
+  for_each_vec(count, [&](int64_t i, int64_t some) {
+    const VecInt rounded = nearest(load_some(x + i, some) * inverse);
     sums += rounded;
     const VecBytes bytes = __builtin_convertvector(rounded, VecBytes);
     std::memcpy(values + i, &bytes, sizeof bytes);

@@ -88,11 +88,6 @@ inline Floats to_floats(const Ints& x) {
   return out;
 }
 
-inline Floats silu(Floats x) {
-  for (auto& part : x.part) part = part / (1.0f + exp(-part));
-  return x;
-}
-
 inline Ints low_nibbles(Ints x) {
   for (auto& part : x.part) part &= 0x0f0f0f0f;
   return x;

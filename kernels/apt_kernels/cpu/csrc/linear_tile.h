@@ -5,6 +5,7 @@
 
 #include "linear.h"
 #include "linear_simd.h"
+#include "silu.h"
 #include "thread_pool.h"
 
 namespace apt::APT_ISA {
@@ -25,9 +26,8 @@ constexpr int64_t kTaskBytes = 32 * 1024;
 
 template <typename T>
 inline void store_features(const Linear& args, int64_t row, int64_t feature, const Floats& values) {
-  const int64_t features = args.is_gated ? args.out_features / 2 : args.out_features;
-  T* to = static_cast<T*>(args.out) + row * features + feature;
-  store_floats(to, values, features - feature);
+  T* to = static_cast<T*>(args.out) + row * args.out_features + feature;
+  store_floats(to, values, args.out_features - feature);
 }
 
 inline void store_features(const Linear& args, int64_t row, int64_t feature, const Floats& values) {
@@ -45,7 +45,6 @@ inline void store_strip(const Linear& args, int64_t row, int64_t strip, Floats l
     low = low + load_floats(args.bias + column, args.out_features - column);
     high = high + load_floats(args.bias + column + kColumns, args.out_features - column - kColumns);
   }
-  if (args.is_gated) return store_features(args, row, column / 2, silu(low) * high);
   store_features(args, row, column, low);
   store_features(args, row, column + kColumns, high);
 }
@@ -69,37 +68,61 @@ inline void with_rows(int64_t rows, F f) {
   f(std::integral_constant<int, kMost>{});
 }
 
-// Few rows: strip after strip, each read from memory once.
+// Gates the rows' outputs of some strips of the gate; a task that computes them has them and those of up in its cache.
+inline void gate_strips(const Linear& args, int64_t row, int64_t rows, int64_t strip, int64_t strips) {
+  const int64_t inner = args.out_features / 2, column = strip * kStripWidth;
+  const auto out = static_cast<const Bf16*>(args.out);
+  const auto gated = static_cast<Bf16*>(args.gated);
+  for (const int64_t end = row + rows; row < end; ++row) {
+    const Bf16* gate = out + row * args.out_features + column;
+    silu_and_mul_row(gate, gate + inner, gated + row * inner + column, strips * kStripWidth);
+  }
+}
+
+// Few rows: strip after strip, each read from memory once. `strips` are those of the gate, if there is one.
 template <typename Kernel>
 void run_few_rows(const Kernel& kernel, int64_t strips) {
+  const Linear& args = kernel.args;
   const int64_t wanted = round_up(strips * kernel.strip_bytes, kTaskBytes) / kTaskBytes;
   const int64_t tasks = std::min(strips, round_up(wanted, num_threads()));
   parallel_for(tasks, [&](int64_t task) {
-    for (int64_t strip = strips * task / tasks; strip < strips * (task + 1) / tasks; ++strip) {
-      with_rows<kMaxFewRows>(kernel.args.rows, [&](auto rows) { kernel.template tile<rows(), 1, true>(0, strip); });
-    }
+    const int64_t first = strips * task / tasks, end = strips * (task + 1) / tasks;
+    const auto multiply = [&](int64_t offset) {
+      for (int64_t strip = first; strip < end; ++strip) {
+        with_rows<kMaxFewRows>(args.rows, [&](auto rows) { kernel.template tile<rows(), 1, true>(0, offset + strip); });
+      }
+    };
+    multiply(0);
+    if (args.gated == nullptr) return;
+    multiply(strips);
+    gate_strips(args, 0, args.rows, first, end - first);
   });
 }
 
-// Many rows: a group of strips stays in the second-level cache while the rows pass by.
+// Many rows: a group of strips stays in the second-level cache while the rows pass by. `strips` as above.
 template <typename Kernel>
 void run_many_rows(const Kernel& kernel, int64_t strips) {
   constexpr int64_t kStrips = Kernel::kStrips;
-  const int64_t rows = kernel.args.rows;
+  const Linear& args = kernel.args;
   const int64_t groups = round_up(strips, kStrips) / kStrips;
-  const int64_t tiles = round_up(rows, kTileRows) / kTileRows;
+  const int64_t tiles = round_up(args.rows, kTileRows) / kTileRows;
   // Few groups of strips cannot be shared out evenly: cut the rows as well.
   const int64_t wanted_blocks = round_up(8 * num_threads(), groups) / groups;
   const int64_t blocks = num_threads() == 1 ? 1 : std::clamp<int64_t>(tiles / 3, 1, wanted_blocks);
   parallel_for(groups * blocks, [&](int64_t task) {
     const int64_t strip = task / blocks * kStrips, block = task % blocks;
-    const int64_t begin = rows * block / blocks, end = rows * (block + 1) / blocks;
     const bool is_whole = strip + kStrips <= strips;
-    for_tiles(begin, end, kTileRows, [&](int64_t row, int64_t count) {
+    const auto multiply = [&](int64_t row, int64_t count, int64_t first) {
       with_rows<kTileRows>(count, [&](auto tile_rows) {
-        if (is_whole) return kernel.template tile<tile_rows(), kStrips, false>(row, strip);
-        kernel.template tile<tile_rows(), 1, false>(row, strip);
+        if (is_whole) return kernel.template tile<tile_rows(), kStrips, false>(row, first);
+        kernel.template tile<tile_rows(), 1, false>(row, first);
       });
+    };
+    for_tiles(args.rows * block / blocks, args.rows * (block + 1) / blocks, kTileRows, [&](int64_t row, int64_t count) {
+      multiply(row, count, strip);
+      if (args.gated == nullptr) return;
+      multiply(row, count, strips + strip);
+      gate_strips(args, row, count, strip, is_whole ? kStrips : 1);
     });
   });
 }
@@ -109,7 +132,7 @@ void run_many_rows(const Kernel& kernel, int64_t strips) {
 // strip whose weights come from memory.
 template <typename Kernel>
 void run_product(const Kernel& kernel) {
-  const int64_t strips = num_strips(kernel.args.out_features);
+  const int64_t all = num_strips(kernel.args.out_features), strips = kernel.args.gated == nullptr ? all : all / 2;
   if (kernel.args.rows <= kMaxFewRows) {
     run_few_rows(kernel, strips);
   } else {

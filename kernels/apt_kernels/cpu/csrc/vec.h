@@ -114,6 +114,29 @@ inline void store_first(T* to, Vec value, int64_t count) {
   std::memcpy(to, buffer, sizeof(T) * static_cast<size_t>(count));
 }
 
+// `count` values, as many as a vector has or fewer.
+template <typename T>
+inline Vec load_some(const T* from, int64_t count) {
+  return count == kLanes ? load(from) : load_first(from, count);
+}
+
+template <typename T>
+inline void store_some(T* to, Vec value, int64_t count) {
+  if (count == kLanes) {
+    store(to, value);
+  } else {
+    store_first(to, value, count);
+  }
+}
+
+// Calls f(offset, count) for each vector of a row; count is less than kLanes for a ragged last one only.
+template <typename F>
+inline void for_each_vec(int64_t size, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) f(i, int64_t{kLanes});
+  if (i < size) f(i, size - i);
+}
+
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // Halves are combined until one lane is left.
