@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle
 from statistics import median
 
 import torch
@@ -29,8 +29,8 @@ BLOCK_SIZE = 16
 BEYOND_CACHES = 128 * 2**20
 MOST_WITH_PEER = 2**30
 """Bytes of keys and values beyond which the peer's own copy of them is not made."""
-SECONDS_PER_CASE = 0.4
-PAUSE = 0.01
+NUM_BLOCKS = 2
+BLOCK_SECONDS = 0.2
 
 
 def _one_layer(num_heads: int, num_kv_heads: int, head_dim: int) -> ModelConfig:
@@ -157,27 +157,27 @@ def main() -> None:
 
 
 def measure(case: Case) -> tuple[float, float | None]:
-    """Median seconds of a call of ours, and of the peer's; they take turns in blocks.
-
-    A pause follows the peer's, because torch's threads spin for a while before they sleep.
-    """
+    """Median seconds of a call of ours, and of the peer's; they take turns in blocks."""
     times: list[float] = []
     peer_times: list[float] = []
     ours, peers = case.ours(), case.peers()
-    deadline = time.perf_counter() + SECONDS_PER_CASE
-    while time.perf_counter() < deadline or len(times) < 8:
-        times += [_seconds(next(ours)) for _ in range(4)]
-        block = [_seconds(peer) for peer in islice(peers, 2)]
-        peer_times += block
-        if block:
-            time.sleep(PAUSE)
+    for _ in range(NUM_BLOCKS):
+        times += _block(ours)
+        peer_times += _block(peers)
     return median(times), median(peer_times) if peer_times else None
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+def _block(calls: Iterator[Callable[[], object]]) -> list[float]:
+    """Seconds of each call for a while, without the first third: the other's threads spin before they sleep."""
+    times: list[float] = []
+    deadline = time.perf_counter() + BLOCK_SECONDS
+    for call in calls:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+        if time.perf_counter() > deadline and len(times) >= 6:
+            break
+    return times[len(times) // 3 :]
 
 
 def _decode_cells(case: Case, limits: Limits) -> list[str]:

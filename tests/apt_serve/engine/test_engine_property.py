@@ -24,7 +24,12 @@ NATIVE_MODELS = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
     "int8": (torch.bfloat16, "int8"),
+    "int8 KV cache": (torch.bfloat16, None),
 }
+
+
+def kv_cache_dtype_of(name):
+    return "int8" if name == "int8 KV cache" else "auto"
 
 
 @cache
@@ -35,7 +40,8 @@ def expected_output(prompt, max_tokens):
 @cache
 def expected_native_output(name, prompt, max_tokens):
     """(token id, log-probability) each."""
-    return tuple(naive_paged_greedy(tiny_native_model(*NATIVE_MODELS[name]), prompt, max_tokens))
+    model = tiny_native_model(*NATIVE_MODELS[name])
+    return tuple(naive_paged_greedy(model, prompt, max_tokens, kv_cache_dtype_of(name)))
 
 
 @cache
@@ -102,21 +108,22 @@ def test_with_the_cpp_ops_tokens_and_logprobs_equal_a_naive_recompute_bit_for_bi
     def expected(prompt, max_tokens):
         return expected_native_output(name, prompt, max_tokens)
 
-    check(scenario, tokens_and_logprobs, expected, model=model, logprobs=0)
+    kv_cache_dtype = kv_cache_dtype_of(name)
+    check(scenario, tokens_and_logprobs, expected, logprobs=0, model=model, kv_cache_dtype=kv_cache_dtype)
 
 
-def check(scenario, result_of, expected, *, model=None, logprobs=None):
+def check(scenario, result_of, expected, *, logprobs=None, **settings):
     """Run a scenario; what result_of finds in a sequence's deltas is what expected(prompt, max_tokens) says."""
     arrivals, block_size = scenario["arrivals"], scenario["block_size"]
     longest = max(len(some_prompts()[prompt]) + max_tokens for prompt, max_tokens, *_ in arrivals)
     engine = tiny_engine(
-        model=model,
         num_kv_blocks=-(-longest // block_size) + scenario["spare_blocks"],  # few: preemption is common
         block_size=block_size,
         max_num_seqs=scenario["max_num_seqs"],
         max_num_batched_tokens=scenario["max_num_seqs"] + scenario["extra_budget"],
         enable_prefix_caching=scenario["enable_prefix_caching"],
         policy=scenario["policy"],
+        **settings,
     )
     outputs, finish_reasons, wanted, aborts = {}, {}, {}, {}
 

@@ -79,7 +79,7 @@ def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, model=None, **set
     model = model or tiny_model()
     settings = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32} | settings
     config = EngineConfig(num_kv_blocks=num_kv_blocks, **settings)
-    kv_cache = empty_cache(model, num_kv_blocks, config.block_size)
+    kv_cache = empty_cache(model, num_kv_blocks, config.block_size, config.kv_cache_dtype)
     info = ModelInfo(
         name="tiny",
         created=int(time.time()),
@@ -100,9 +100,10 @@ def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, model=None, **set
     return Engine(config, metrics, model=LoadedModel(info, executor(runner) if executor else runner, num_kv_blocks))
 
 
-def empty_cache(model, num_blocks, block_size):
-    """A KV cache of the model's own dtype."""
-    dtype = model.model.embed_tokens.weight.dtype
+def empty_cache(model, num_blocks, block_size, kv_cache_dtype="auto"):
+    """A KV cache, for auto of the model's own dtype."""
+    is_auto = kv_cache_dtype == "auto"
+    dtype = model.model.embed_tokens.weight.dtype if is_auto else getattr(torch, kv_cache_dtype)
     return allocate_kv_cache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=CPU)
 
 
@@ -125,7 +126,7 @@ def naive_greedy(prompt, max_tokens, *, stops_at_eos=True):
     return token_ids[len(prompt) :]
 
 
-def naive_paged_logits(model, token_ids):
+def naive_paged_logits(model, token_ids, kv_cache_dtype="auto"):
     """Logits [1, V] after the last token of a full recompute in one go, by the ops that a step is made of."""
     num_tokens = len(token_ids)
     positions = torch.arange(num_tokens)
@@ -136,15 +137,15 @@ def naive_paged_logits(model, token_ids):
     )
     with torch.inference_mode():
         embedded = model.embed(torch.tensor(token_ids))
-        hidden = model(embedded, positions, metadata, empty_cache(model, 1, MAX_MODEL_LEN))
+        hidden = model(embedded, positions, metadata, empty_cache(model, 1, MAX_MODEL_LEN, kv_cache_dtype))
         return model.logits(hidden[-1:]).float()
 
 
-def naive_paged_greedy(model, prompt, max_tokens):
+def naive_paged_greedy(model, prompt, max_tokens, kv_cache_dtype="auto"):
     """Greedy continuation, recomputing everything for each token: (token id, its log-probability) each."""
     token_ids, found = list(prompt), []
     while len(found) < max_tokens:
-        logits = naive_paged_logits(model, token_ids)
+        logits = naive_paged_logits(model, token_ids, kv_cache_dtype)
         chosen = ops.argmax(logits)
         found.append((int(chosen), float(ops.top_logprobs(logits, chosen, 0)[0])))
         token_ids.append(int(chosen))
