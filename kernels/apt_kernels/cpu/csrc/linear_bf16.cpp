@@ -16,7 +16,7 @@ struct Bf16Kernel {
   int64_t strip_bytes;
 
   template <int kRows, int kTileStrips, bool kIsStreaming>
-  void tile(int64_t row, int64_t strip) const {
+  [[gnu::noinline]] void tile(int64_t row, int64_t strip) const {
     constexpr int kVectors = 2 * kTileStrips;
     Floats sums[kRows][kVectors];
     for (auto& row_sums : sums) {

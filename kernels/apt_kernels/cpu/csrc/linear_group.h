@@ -26,7 +26,7 @@ struct GroupKernel {
   int64_t strip_bytes;
 
   template <int kRows, int kTileStrips, bool kIsStreaming>
-  void tile(int64_t row, int64_t strip) const {
+  [[gnu::noinline]] void tile(int64_t row, int64_t strip) const {
     Floats totals[kRows][2];
     for (auto& total : totals) total[0] = total[1] = broadcast_floats(0.0f);
     const uint8_t* weights = args.packed + strip * strip_bytes;

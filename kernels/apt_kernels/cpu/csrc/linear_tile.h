@@ -129,7 +129,7 @@ void run_many_rows(const Kernel& kernel, int64_t strips) {
 
 // A kernel has `args`, `strip_bytes`, and tile<rows, strips, is_streaming>(first_row, first_strip), which computes and
 // stores one tile: of at most kTileRows rows and kStrips strips or, is_streaming, of at most kMaxFewRows rows and one
-// strip whose weights come from memory.
+// strip whose weights come from memory. A tile is no inline function: within a larger one GCC runs out of registers.
 template <typename Kernel>
 void run_product(const Kernel& kernel) {
   const int64_t all = num_strips(kernel.args.out_features), strips = kernel.args.gated == nullptr ? all : all / 2;
