@@ -1,9 +1,13 @@
 // torch's view of the packed matrix products.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <memory>
+#include <mutex>
 #include <optional>
 
 #include "isa.h"
@@ -13,15 +17,38 @@ namespace {
 
 using at::Tensor;
 
-constexpr uintptr_t kHugePage = 2 << 20;
+constexpr int64_t kHugePage = 2 << 20, kChunkBytes = 64 << 20, kCacheLine = 64;
 
-// Memory for a packed weight. Huge pages where the system has them: streaming through small ones costs bandwidth.
+// Memory of huge pages, where the system has them; given back when the last weight in it goes.
+struct Chunk {
+  explicit Chunk(int64_t wanted) : bytes((wanted + kHugePage - 1) / kHugePage * kHugePage) {
+    memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK(memory != MAP_FAILED, "no memory for ", bytes, " bytes of packed weights");
+    madvise(memory, bytes, MADV_HUGEPAGE);
+  }
+  Chunk(const Chunk&) = delete;
+  Chunk& operator=(const Chunk&) = delete;
+  ~Chunk() { munmap(memory, bytes); }
+
+  const int64_t bytes;
+  void* memory;
+  int64_t used = 0;
+};
+
+// Memory for a packed weight. Weights that are packed one after another lie side by side, as they will be read: pages of
+// their own, or small ones, cost a tenth of the bandwidth.
 Tensor empty_packed(int64_t bytes) {
-  Tensor packed = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
-  const auto begin = reinterpret_cast<uintptr_t>(packed.mutable_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) & -kHugePage, last = (begin + bytes) & -kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  return packed;
+  static std::mutex mutex;
+  static std::weak_ptr<Chunk> current;
+  const std::lock_guard lock(mutex);
+  std::shared_ptr<Chunk> chunk = current.lock();
+  if (chunk == nullptr || chunk->used + bytes > chunk->bytes) {
+    chunk = std::make_shared<Chunk>(std::max(bytes, kChunkBytes));
+    current = chunk;
+  }
+  char* start = static_cast<char*>(chunk->memory) + chunk->used;
+  chunk->used += (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+  return at::from_blob(start, {bytes}, [chunk](void*) {}, at::TensorOptions().dtype(at::kByte));
 }
 
 void check_weight(const Tensor& weight, at::ScalarType type) {
