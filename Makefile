@@ -54,6 +54,7 @@ $(OPS_STAMP): $(STAMP) $(OPS_SOURCES)
 lint: install ## Style (ruff).
 	@echo "== ruff"
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 
 types: install ## Types (mypy, strict).
 	@echo "== mypy"

@@ -23,9 +23,7 @@ class Server:
     def __init__(self, config: ServerConfig, *, is_behind_serve: bool = False) -> None:
         metrics = PrometheusMetrics(config.model.served_name)
         engine = AsyncEngine(config.model, metrics)
-        self.app: FastAPI = create_app(
-            config, engine, metrics, runs_engine=False, is_behind_serve=is_behind_serve
-        )
+        self.app: FastAPI = create_app(config, engine, metrics, runs_engine=False, is_behind_serve=is_behind_serve)
         self._state: ApiState = self.app.state.api
 
     async def start(self) -> None:

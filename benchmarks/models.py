@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from apt_core.checkpoint import open_checkpoint
-from apt_core.checkpoint.cache_file import cache_folder
 from apt_core.checkpoint.gguf_import import CONFIG, TOKENIZER, TOKENIZER_CONFIG, import_gguf
 from apt_core.checkpoint.hf_config import parse_model_config
 from apt_core.document import Document
 from apt_core.registry import build_model
+from apt_kernels.cache import cache_folder
 from apt_serve.engine.config import EMBEDDED_MODEL
 from benchmarks.peers.weights import hf_documents
 

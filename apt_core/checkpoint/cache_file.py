@@ -50,14 +50,6 @@ class Header:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
-def cache_folder() -> Path:
-    """$APT_CACHE, else apt in $XDG_CACHE_HOME, else ~/.cache/apt."""
-    if own := os.environ.get("APT_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "apt"
-
-
 def identity(source: Path) -> str:
     """Which version of a file this is: its path, size and time of change."""
     stat = source.stat()

@@ -16,7 +16,6 @@ from pathlib import Path
 from apt_core.checkpoint.cache_file import (
     Header,
     StoredTensor,
-    cache_folder,
     header_bytes,
     identity,
     read_header,
@@ -25,6 +24,7 @@ from apt_core.checkpoint.cache_file import (
 from apt_core.checkpoint.gguf_tensors import HFTensor
 from apt_core.checkpoint.safetensors_reader import WeightFile
 from apt_core.errors import CheckpointError
+from apt_kernels.cache import cache_folder
 
 _FORMAT = "2"
 """Raised whenever the conversion would give other contents."""

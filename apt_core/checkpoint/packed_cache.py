@@ -6,7 +6,7 @@ and its checkpoint's files have the size and time of change that it was made fro
 
 Only models with int8 or int4 weights are kept: packing others takes little longer than reading them would, and their
 copy would be as large as the checkpoint. Entries are read into anonymous memory rather than mapped: reading and
-checking 100 MB takes 40 ms, and weights stream 3 % faster from huge pages, which mapped files do not have.
+checking 100 MB takes 40 ms, and weights stream faster from huge pages, which mapped files do not have.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from torch import nn
 from apt_core.checkpoint.cache_file import (
     Header,
     StoredTensor,
-    cache_folder,
     header_bytes,
     identity,
     read_header,
@@ -40,6 +39,7 @@ from apt_core.models.decoder import DecoderForCausalLM, fuse_projections
 from apt_core.quantization import QUANTIZATION_VERSION, WeightPrecision
 from apt_core.registry import build_model
 from apt_kernels import ops
+from apt_kernels.cache import cache_folder
 
 log = logging.getLogger(__name__)
 

@@ -90,7 +90,6 @@ class Decoder(nn.Module):
             x, residual = layer(x, residual, rotary, metadata, kv_cache[i] if kv_cache is not None else None)
         return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
 
-
     def _run_linked(
         self,
         linked: ops.DecoderLayers,
@@ -186,9 +185,7 @@ class Attention(nn.Module):
             return qkv
         return torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
 
-    def _attend_to_batch(
-        self, qkv: torch.Tensor, rotary: RotaryValues, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def _attend_to_batch(self, qkv: torch.Tensor, rotary: RotaryValues, metadata: AttentionMetadata) -> torch.Tensor:
         """Sequences attend to their own tokens of this batch; differentiable."""
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)
         # Rope treats queries and keys alike.

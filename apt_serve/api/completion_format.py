@@ -97,7 +97,5 @@ class CompletionFormatter:
         writer = self._writers[delta.choice]
         if not (is_first and self._options.echo):
             return writer.output(delta.output.logprobs or ())
-        scored = writer.prompt(
-            self._envelope.job.prompts[delta.prompt].token_ids, self._prompt_logprobs[delta.prompt]
-        )
+        scored = writer.prompt(self._envelope.job.prompts[delta.prompt].token_ids, self._prompt_logprobs[delta.prompt])
         return joined(scored, writer.output(delta.output.logprobs or ()))

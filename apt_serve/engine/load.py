@@ -91,7 +91,7 @@ def load(config: EngineConfig) -> LoadedModel:
         info.name,
         time.perf_counter() - started,
         str(dtype).removeprefix("torch."),
-        precision or "alike",
+        precision or ("as stored" if checkpoint.is_quantized else "alike"),
         device,
         torch.get_num_threads(),
         num_blocks,

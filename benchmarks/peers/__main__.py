@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from apt_core.checkpoint import open_checkpoint
-from apt_core.checkpoint.cache_file import cache_folder
+from apt_kernels.cache import cache_folder
 from apt_serve.engine.config import EMBEDDED_MODEL
 from benchmarks.machine import Limits, describe
 from benchmarks.models import resolve

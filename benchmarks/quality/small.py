@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from apt_core.checkpoint.cache_file import cache_folder
 from apt_core.checkpoint.hf_config import parse_model_config
 from apt_core.document import Document
 from apt_core.metadata import AttentionMetadata
 from apt_core.models.decoder import DecoderForCausalLM
 from apt_core.registry import build_model
+from apt_kernels.cache import cache_folder
 from benchmarks.quality.text import other_plays
 
 CONFIG = {

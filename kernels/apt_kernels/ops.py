@@ -123,6 +123,7 @@ def rope_and_store_kv(
         *(num_heads, query_weight, key_weight, eps, key_scales, value_scales),
     )
 
+
 INT4_GROUP_SIZES = (32, 64, 128)
 MAX_INT8_IN = 2**17
 """Products of two int8 are at most 127 * 127: so many fit into an int32."""

@@ -31,7 +31,7 @@ class Paged:
             ops.store_kv(kv[0], kv[1], self.keys, self.values, slots)
         self.num_decodes = next((i for i, q in enumerate(query_lens) if q != 1), len(query_lens))
 
-    def run(self, window=None):
+    def run(self, window=None, **scales):
         return ops.paged_attention(
             self.query,
             self.keys,
@@ -42,6 +42,7 @@ class Paged:
             num_decodes=self.num_decodes,
             scale=0.25,
             window=window,
+            **scales,
         )
 
     def expected(self, window=None):
@@ -94,19 +95,7 @@ def test_an_int8_cache_is_read_in_every_dtype(dtype, window):
     paged.keys, paged.values = (torch.randint(-127, 128, paged.keys.shape, dtype=torch.int8) for _ in range(2))
     scales = [torch.rand(paged.keys.shape[:3]) / 64 for _ in range(2)]
     layout = (paged.cu_seqlens_q, paged.context_lens, paged.block_tables)
-    out = ops.paged_attention(
-        paged.query,
-        paged.keys,
-        paged.values,
-        cu_seqlens_q=paged.cu_seqlens_q,
-        context_lens=paged.context_lens,
-        block_tables=paged.block_tables,
-        num_decodes=paged.num_decodes,
-        scale=0.25,
-        window=window,
-        key_scales=scales[0],
-        value_scales=scales[1],
-    )
+    out = paged.run(window, key_scales=scales[0], value_scales=scales[1])
     wide = [
         paged.query.double(),
         *(x.double() * s.double().unsqueeze(-1) for x, s in zip((paged.keys, paged.values), scales, strict=True)),

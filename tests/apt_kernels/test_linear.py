@@ -7,24 +7,17 @@ import torch.nn.functional as F
 from apt_core.quantization import quantize_int4, quantize_int8
 from apt_kernels import ops, reference
 from apt_kernels.cpu import native
+from tests.apt_kernels.isas import INSTRUCTION_SETS, using_isa
 
-ISAS = [name for name in native.ISAS if name != native.OFF]
 SHAPES = [(96, 64), (960, 576), (50, 192), (17, 1536)]
 ODD_SHAPES = [(7, 5), (33, 67), (576, 99)]
 NUM_ROWS = (1, 2, 3, 5, 8, 9, 13, 33, 64, 131)
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=INSTRUCTION_SETS)
 def isa(request):
-    if not native.is_enabled():
-        pytest.skip("the C++ ops are not built")
-    before = native.isa()
-    try:
-        native.set_isa(request.param)
-    except ValueError:
-        pytest.skip("this processor lacks it")
-    yield request.param
-    native.set_isa(before)
+    with using_isa(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -181,11 +174,11 @@ def test_other_dtypes_go_through_float32(format_, dtype):
 
 def test_an_offset_beyond_int32():
     """The last of more than 2^31 outputs."""
+    if not native.is_enabled():
+        pytest.skip("the C++ ops are not built")
     num_rows, out, in_ = 70_000, 31_000, 32
     weight = torch.zeros(out, in_, dtype=torch.bfloat16)
     weight[-1] = 1
-    if not native.is_enabled():
-        pytest.skip("the C++ ops are not built")
     last = ops.packed_linear(torch.ones(num_rows, in_, dtype=torch.bfloat16), ops.pack_linear_weight(weight))[-1]
     assert last[-1] == in_ and not last[:-1].any()
 
@@ -227,13 +220,9 @@ def test_without_the_cpp_ops_results_are_nearly_the_same(format_):
         pytest.skip("the C++ ops are not built")
     torch.manual_seed(0)
     with_ops = format_((64, 128))
-    before = native.isa()
-    try:
-        native.set_isa(native.OFF)
+    with using_isa(native.OFF):
         torch.manual_seed(0)
         without_ops = format_((64, 128))
-    finally:
-        native.set_isa(before)
     x = torch.randn(5, 128)
     out, expected = ops.packed_linear(x, without_ops.packed), ops.packed_linear(x, with_ops.packed)
     assert F.cosine_similarity(out, expected).min() > 0.9999

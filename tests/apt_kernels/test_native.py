@@ -15,26 +15,18 @@ import torch
 
 from apt_kernels import ops, reference
 from apt_kernels.cpu import build, native
+from tests.apt_kernels.isas import INSTRUCTION_SETS, using_isa
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 INT8_TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 2e-2}
 """Over an int8 cache queries and weights have 16 bits where integers are multiplied."""
-INSTRUCTION_SETS = [name for name in native.ISAS if name != native.OFF]
 
 
 @pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
 def isa(request):
-    if not native.is_enabled():
-        pytest.skip("the C++ ops are not built, or switched off")
-    before = native.isa()
-    try:
-        native.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.set_isa(before)
-    ops.set_num_threads(torch.get_num_threads())
+    with using_isa(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from apt_kernels import ops
 from apt_kernels.cpu import native
+from tests.apt_kernels.isas import using_isa
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = 3e-6
@@ -19,14 +20,8 @@ LAST_UNIFORM = 1 - 2.0**-53
 @pytest.fixture(params=native.ISAS, autouse=True)
 def isa(request):
     """Each instruction set, and `off` for the twins."""
-    before = native.isa()
-    try:
-        native.set_isa(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    native.set_isa(before)
-    ops.set_num_threads(torch.get_num_threads())
+    with using_isa(request.param):
+        yield request.param
 
 
 def make_logits(kind, rows, size, seed, dtype=torch.float32):

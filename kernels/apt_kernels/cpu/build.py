@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from apt_kernels.cache import cache_folder
+
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra")
 QUIET = ("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
@@ -67,14 +69,7 @@ def library_path() -> Path:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     settings = (FLAGS, KERNEL_FLAGS, ISA_FLAGS, torch.__version__, platform.machine())
     digest.update(repr(settings).encode())
-    return cache_folder() / f"ops-{digest.hexdigest()[:16]}.so"
-
-
-def cache_folder() -> Path:
-    """$APT_CACHE, else apt in $XDG_CACHE_HOME, else ~/.cache/apt; in it, a folder for ops."""
-    if own := os.environ.get("APT_CACHE"):
-        return Path(own) / "ops"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apt" / "ops"
+    return cache_folder() / "ops" / f"ops-{digest.hexdigest()[:16]}.so"
 
 
 def build() -> Path:

@@ -107,9 +107,7 @@ class Int8Weight:
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
         """See PackedWeight."""
-        out: torch.Tensor = torch.ops.apt_cpu.linear_int8(
-            x, self.data, self.scales, self.out_features, bias, out_dtype
-        )
+        out: torch.Tensor = torch.ops.apt_cpu.linear_int8(x, self.data, self.scales, self.out_features, bias, out_dtype)
         return out
 
 

@@ -27,6 +27,7 @@ from apt_kernels import ops
 from apt_kernels.cpu import native
 from tests.apt_core.checkpoint.formats.test_awq import save as save_awq
 from tests.apt_core.checkpoint.tiny import hf_model, save_folder, write_gguf
+from tests.apt_kernels.isas import INSTRUCTION_SETS, using_isa
 
 pytestmark = pytest.mark.skipif(not native.is_enabled(), reason="the C++ ops are off")
 
@@ -385,17 +386,10 @@ def test_quantizing_gives_the_values_of_its_version() -> None:
     assert (QUANTIZATION_VERSION, found) == (1, ("a4cb774e255e3cc6", "6323f496902479c7"))
 
 
-@pytest.mark.parametrize("isa", [isa for isa in native.ISAS if isa != native.OFF])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_packing_gives_the_bytes_of_its_version_whatever_the_instruction_set(isa: str) -> None:
     """If this fails on purpose, raise PACKED_LAYOUT_VERSION: packed weights made before would still be served."""
-    before = native.isa()
-    try:
-        native.set_isa(isa)
-    except ValueError:
-        pytest.skip("this processor lacks it")
-    try:
+    with using_isa(isa):
         found = tuple(digest(pack_weight(VALUES, precision).data) for precision in ("bfloat16", "int8", "int4"))
-    finally:
-        native.set_isa(before)
     expected = ("1c0cfd5f3875f8e5", "b5c64860565786d4", "fde2533a73ddf0b4")
     assert (ops.PACKED_LAYOUT_VERSION, found) == (1, expected)

@@ -104,6 +104,7 @@ async def test_closing_a_stream_frees_everything(start, num_outputs):
 
 async def test_three_hundred_aborts_at_random_moments_leak_nothing(start):
     engine = await start(executor=None)
+
     async def abandon(i):
         stream = engine.generate(request(PROMPT[i % 30 :], max_tokens=40))
         reading = asyncio.create_task(anext(stream))

@@ -158,8 +158,8 @@ TORCH_LIBRARY_FRAGMENT(apt_cpu, m) {
   m.def("silu_and_mul(Tensor gate_up) -> Tensor");
   m.def(
       "rope_and_store_kv(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-      "Tensor(c!)? key_scales, Tensor(d!)? value_scales, Tensor slot_mapping, int num_heads, int num_kv_heads, Tensor? query_weight, Tensor? key_weight, float eps) "
-      "-> Tensor");
+      "Tensor(c!)? key_scales, Tensor(d!)? value_scales, Tensor slot_mapping, int num_heads, int num_kv_heads, "
+      "Tensor? query_weight, Tensor? key_weight, float eps) -> Tensor");
   m.def(
       "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? key_scales, Tensor? value_scales, "
       "Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, float scale, int? window) -> Tensor");

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "int8_group.h"
 #include "silu.h"
 #include "thread_pool.h"
 #include "vec.h"
@@ -90,26 +91,6 @@ void norm_and_rotate_head(const T* x, const T* weight, float eps, const T* cos, 
   rotate_head(x, cos, sin, out, head_dim);
 }
 
-// As int8, the largest magnitude at 127; returns the scale. A NaN or an infinity shows in the scale.
-template <typename T>
-float quantize_head(const T* x, int8_t* out, int64_t size) {
-  Vec largest_lanes{};
-  for_each_vec(size, [&](int64_t i, int64_t count) {
-    largest_lanes = largest_magnitude(largest_lanes, load_some(x + i, count));
-  });
-  const float largest = largest_magnitude(largest_lanes);
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  for_each_vec(size, [&](int64_t i, int64_t count) {
-    // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, in the lowest bits. The bound keeps the compiler from
-    // fusing product and sum, which would break ties differently from the twin.
-    const Vec scaled = max(load_some(x + i, count) * inverse, broadcast(-127.0f));
-    const VecInt rounded = (VecInt)(scaled + 0x1.8p23f) - 0x4b400000;
-    const VecBytes bytes = __builtin_convertvector(rounded, VecBytes);
-    std::memcpy(out + i, &bytes, static_cast<size_t>(count));
-  });
-  return largest / 127.0f;
-}
-
 // Where a token's keys and values go.
 struct Places {
   int64_t row, scale;  // in the caches and in their scales, of the first head
@@ -136,7 +117,7 @@ void rope_and_store_token(const RopeAndStore& a, int64_t token) {
     if (scales == nullptr) {
       std::copy_n(x, dim, static_cast<T*>(cache) + at);
     } else {
-      scales[places.scale + h * a.scale_head_stride] = quantize_head(x, static_cast<int8_t*>(cache) + at, dim);
+      scales[places.scale + h * a.scale_head_stride] = quantize_group(x, dim, static_cast<int8_t*>(cache) + at).scale;
     }
   };
   for (int64_t h = 0; h < a.num_kv_heads; ++h, head += dim) {

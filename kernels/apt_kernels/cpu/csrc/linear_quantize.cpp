@@ -2,59 +2,26 @@
 
 #include <algorithm>
 
+#include "int8_group.h"
 #include "scratch.h"
 #include "thread_pool.h"
-#include "vec.h"
 
 namespace apt::APT_ISA {
 namespace {
 
 constexpr int64_t kMinPerTask = 32768;  // inputs; below, handing work over takes longer than doing it
 constexpr int64_t kAlignment = 64;
-constexpr float kSmallest = 1e-36f;  // groups below are zeros: 127 over less is infinite
-
-typedef int8_t VecBytes __attribute__((vector_size(kLanes)));
-
-struct Group {
-  float scale;
-  int32_t sum;
-};
-
-// As integers the magnitudes of floats have the same order, and NaN is the largest: nothing gets lost.
-template <typename T>
-inline float largest_magnitude(const T* x, int64_t count) {
-  VecInt largest{};
-  for_each_vec(count, [&](int64_t i, int64_t some) {
-    const VecInt bits = (VecInt)load_some(x + i, some) & 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  });
-  const int32_t bits = max(largest);
-  return load_bits<float>(&bits);
-}
-
-template <typename T>
-inline Group quantize_group(const T* x, int64_t count, int8_t* values) {
-  const float largest = largest_magnitude(x, count);
-  const float inverse = largest > kSmallest ? 127.0f / largest : 0.0f;
-  VecInt sums{};
-  for_each_vec(count, [&](int64_t i, int64_t some) {
-    const VecInt rounded = nearest(load_some(x + i, some) * inverse);
-    sums += rounded;
-    const VecBytes bytes = __builtin_convertvector(rounded, VecBytes);
-    std::memcpy(values + i, &bytes, sizeof bytes);
-  });
-  return {largest / 127.0f, sum(sums)};
-}
 
 // `scales` and `sums` are those of the row's first group; the next group's are `stride` further.
 template <typename T>
 void quantize_row(const T* x, int64_t in, int64_t group_size, int8_t* values, float* scales, int32_t* sums,
                   int64_t stride) {
   for (int64_t first = 0; first < in; first += group_size, scales += stride, sums += stride) {
-    const Group group = quantize_group(x + first, std::min(group_size, in - first), values + first);
+    const Int8Group group = quantize_group(x + first, std::min(group_size, in - first), values + first);
     *scales = group.scale;
     *sums = group.sum;
   }
+  std::fill(values + in, values + round_up(in, 4), 0);
 }
 
 }  // namespace

@@ -6,15 +6,14 @@
 namespace apt::APT_ISA {
 
 struct QuantizedRows {
-  const uint8_t* values;  // [rows, stride] int8, zeros from `in` on
+  const uint8_t* values;  // [rows, stride] int8, zeros from `in` to the end of its word
   int64_t stride;         // bytes
   const float* scales;    // [num_groups, num_rows]
   const int32_t* sums;    // [num_groups, num_rows], of the group's values
   int64_t num_groups, num_rows;
 };
 
-// value = scale * int8, symmetric, the group's largest magnitude at 127; a group with a NaN or an infinity becomes NaN
-// or infinite through its scale. Valid until this thread's next call.
+// Each group as quantize_group makes it. Valid until this thread's next call.
 QuantizedRows quantize_rows(const Linear& args, int64_t group_size);
 
 }  // namespace apt::APT_ISA

@@ -167,10 +167,7 @@ inline Vec largest_magnitude(Vec a, Vec b) {
 }
 
 inline float largest_magnitude(Vec value) {
-  int32_t lanes[kLanes];
-  std::memcpy(lanes, &value, sizeof lanes);
-  int32_t largest = 0;
-  for (const int32_t lane : lanes) largest = (lane & 0x7fffffff) > largest ? lane & 0x7fffffff : largest;
+  const int32_t largest = max((VecInt)value & 0x7fffffff);
   return load_bits<float>(&largest);
 }
 
