@@ -72,7 +72,6 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
-        self.linked: ops.DecoderLayers | None = None  # set by link_layers
 
     def forward(
         self,
@@ -83,35 +82,10 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """See DecoderForCausalLM.forward."""
         rotary = self.rotary(positions, x.dtype)
-        if self.linked is not None and kv_cache is not None:
-            return self._run_linked(self.linked, x, rotary, metadata, kv_cache)
         residual: torch.Tensor | None = None
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, rotary, metadata, kv_cache[i] if kv_cache is not None else None)
         return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
-
-    def _run_linked(
-        self,
-        linked: ops.DecoderLayers,
-        x: torch.Tensor,
-        rotary: RotaryValues,
-        metadata: AttentionMetadata,
-        kv_cache: list[LayerKVCache],
-    ) -> torch.Tensor:
-        assert metadata.slot_mapping is not None and metadata.block_tables is not None
-        return linked(
-            x,
-            rotary.cos,
-            rotary.sin,
-            key_caches=[cache.keys for cache in kv_cache],
-            value_caches=[cache.values for cache in kv_cache],
-            key_scales=[cache.key_scales for cache in kv_cache],
-            value_scales=[cache.value_scales for cache in kv_cache],
-            slot_mapping=metadata.slot_mapping,
-            cu_seqlens_q=metadata.cu_seqlens_q,
-            context_lens=metadata.context_lens,
-            block_tables=metadata.block_tables,
-        )
 
 
 class DecoderLayer(nn.Module):
@@ -303,47 +277,6 @@ def pack_linears(
         model.lm_head.out_dtype = torch.float32
     if num_dequantized:
         log.info("%d linear layers have no product in the checkpoint's format: kept in bfloat16", num_dequantized)
-
-
-def link_layers(model: DecoderForCausalLM) -> None:
-    """Post-load transform for processors: all layers as one op, where every part of them has a C++ one."""
-    config, decoder = model.config, model.model
-    layers = [_layer_weights(layer) for layer in decoder.layers]
-    if not all(layers):
-        return
-    weights = [layer for layer in layers if layer is not None]
-    if ops.can_run_layers(weights, config.head_dim):
-        decoder.linked = ops.DecoderLayers(
-            weights,
-            decoder.norm.weight.detach(),
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            eps=config.rms_norm_eps,
-            scale=config.head_dim**-0.5,
-        )
-
-
-def _layer_weights(layer: nn.Module) -> ops.LayerWeights | None:
-    """A layer's weights, if they are fused and packed."""
-    assert isinstance(layer, DecoderLayer)
-    attention, mlp = layer.self_attn, layer.mlp
-    linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-    projections = [ops.Projection(linear.weight, linear.bias) for linear in linears if isinstance(linear, PackedLinear)]
-    if len(projections) < len(linears):
-        return None
-    qkv, attention_out, gate_up, down = projections
-    return ops.LayerWeights(
-        input_norm=layer.input_layernorm.weight.detach(),
-        qkv=qkv,
-        query_norm=attention.q_norm.weight.detach() if attention.has_qk_norm else None,
-        key_norm=attention.k_norm.weight.detach() if attention.has_qk_norm else None,
-        attention_out=attention_out,
-        post_attention_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=gate_up,
-        down=down,
-        window=attention.window,
-    )
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None, precision: WeightPrecision | None) -> PackedLinear:

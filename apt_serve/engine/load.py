@@ -13,7 +13,7 @@ from apt_core.checkpoint import Checkpoint, PackedCache, load_into, open_checkpo
 from apt_core.errors import ConfigError
 from apt_core.kv_cache import allocate_kv_cache, kv_bytes_per_token
 from apt_core.model_config import GenerationConfig, ModelConfig
-from apt_core.models.decoder import fuse_projections, link_layers, pack_linears
+from apt_core.models.decoder import fuse_projections, pack_linears
 from apt_core.quantization import WeightPrecision
 from apt_core.registry import build_model
 from apt_kernels import ops
@@ -74,7 +74,6 @@ def load(config: EngineConfig) -> LoadedModel:
         pack_linears(model, precision, head_precision)
         if cache is not None:
             cache.write(model)
-    link_layers(model)
     kv_cache = allocate_kv_cache(
         checkpoint.config, num_blocks=num_blocks, block_size=config.block_size, dtype=kv_dtype, device=device
     )

@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.engine.step import AddedSequence
 
-IntArray = npt.NDArray[np.int64]
 State = TypeVar("State")
 
 
@@ -28,13 +25,13 @@ class LogitsStep(Protocol):
     def remove(self, slot: int) -> None:
         """The slot was given up."""
 
-    def touches(self, slots: IntArray) -> bool:
+    def touches(self, slots: list[int]) -> bool:
         """Whether any of these slots uses this step."""
 
-    def apply(self, logits: torch.Tensor, slots: IntArray) -> None:
+    def apply(self, logits: torch.Tensor, slots: list[int]) -> None:
         """Change logits [R, V] in place; slots [R] names each row's slot."""
 
-    def accept(self, slots: IntArray, token_ids: torch.Tensor) -> None:
+    def accept(self, slots: list[int], token_ids: torch.Tensor) -> None:
         """The tokens [R] that were chosen for these slots."""
 
 
@@ -48,19 +45,19 @@ class SlotStates(Generic[State]):
         """See LogitsStep."""
         self._states.pop(slot, None)
 
-    def touches(self, slots: IntArray) -> bool:
+    def touches(self, slots: list[int]) -> bool:
         """See LogitsStep."""
-        return bool(self._states) and any(slot in self._states for slot in slots.tolist())
+        return bool(self._states) and any(slot in self._states for slot in slots)
 
-    def accept(self, slots: IntArray, token_ids: torch.Tensor) -> None:
+    def accept(self, slots: list[int], token_ids: torch.Tensor) -> None:
         """See LogitsStep."""
 
-    def _rows(self, slots: IntArray) -> list[tuple[int, State]]:
+    def _rows(self, slots: list[int]) -> list[tuple[int, State]]:
         """(row, state) of the rows that use this step."""
         if not self._states:
             return []
         states = self._states
-        return [(row, states[slot]) for row, slot in enumerate(slots.tolist()) if slot in states]
+        return [(row, states[slot]) for row, slot in enumerate(slots) if slot in states]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +77,7 @@ class LogitBias(SlotStates[_Bias]):
             token_ids = torch.tensor(list(bias.keys()), dtype=torch.int64)
             self._states[sequence.slot] = _Bias(token_ids, torch.tensor(list(bias.values())))
 
-    def apply(self, logits: torch.Tensor, slots: IntArray) -> None:
+    def apply(self, logits: torch.Tensor, slots: list[int]) -> None:
         """See LogitsStep."""
         for row, bias in self._rows(slots):
             logits[row, bias.token_ids.to(logits.device)] += bias.values.to(logits)
@@ -115,7 +112,7 @@ class Penalties(SlotStates[_Counts]):
         in_output = torch.bincount(output, minlength=self._vocab_size).to(torch.int32)
         self._states[sequence.slot] = _Counts(sampling, in_prompt, in_output)
 
-    def apply(self, logits: torch.Tensor, slots: IntArray) -> None:
+    def apply(self, logits: torch.Tensor, slots: list[int]) -> None:
         """See LogitsStep."""
         for row, counts in self._rows(slots):
             values, sampling = logits[row], counts.sampling
@@ -127,7 +124,7 @@ class Penalties(SlotStates[_Counts]):
             values = values - sampling.frequency_penalty * in_output - sampling.presence_penalty * (in_output > 0)
             logits[row] = values
 
-    def accept(self, slots: IntArray, token_ids: torch.Tensor) -> None:
+    def accept(self, slots: list[int], token_ids: torch.Tensor) -> None:
         """See LogitsStep."""
         for row, counts in self._rows(slots):
             counts.in_output[token_ids[row]] += 1
@@ -155,14 +152,14 @@ class MinTokens(SlotStates[_Remaining]):
         if remaining > 0 and stop_ids:
             self._states[sequence.slot] = _Remaining(remaining, torch.tensor(stop_ids, dtype=torch.int64))
 
-    def apply(self, logits: torch.Tensor, slots: IntArray) -> None:
+    def apply(self, logits: torch.Tensor, slots: list[int]) -> None:
         """See LogitsStep."""
         for row, remaining in self._rows(slots):
             logits[row, remaining.stop_ids.to(logits.device)] = float("-inf")
 
-    def accept(self, slots: IntArray, token_ids: torch.Tensor) -> None:
+    def accept(self, slots: list[int], token_ids: torch.Tensor) -> None:
         """See LogitsStep."""
         for row, remaining in self._rows(slots):
             remaining.num_tokens -= 1
             if remaining.num_tokens == 0:
-                self.remove(int(slots[row]))
+                self.remove(slots[row])

@@ -23,12 +23,6 @@ class ModelInput:
     positions: torch.Tensor
     """[T] int64."""
     metadata: AttentionMetadata
-    last_rows: IntArray
-    """[B]: the row, among the T packed tokens, of each sequence's last token."""
-    slots: IntArray
-    """[B]."""
-    context_lens: IntArray
-    """[B]: tokens computed after this step, and so the position of the next one."""
 
 
 class PersistentBatch:
@@ -41,10 +35,11 @@ class PersistentBatch:
         self.block_size = block_size
         self.device = device
         max_blocks = -(-max_model_len // block_size)
-        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int32)
+        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        self._block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self._counting = np.arange(max_num_seqs + 1)
 
     def add(self, sequence: AddedSequence) -> None:
         """Give a sequence its row."""
@@ -54,54 +49,66 @@ class PersistentBatch:
         self._num_blocks[slot] = 0
         self._append_blocks(slot, sequence.block_ids)
 
-    def build(self, step: StepInput) -> ModelInput:
-        """Apply the step's new blocks and cut its packed tensors."""
+    def append_blocks(self, step: StepInput) -> None:
+        """Take over the blocks that sequences get with this step."""
         for s in step.scheduled:
             if s.new_block_ids:
                 self._append_blocks(s.slot, s.new_block_ids)
-        slots = np.array([s.slot for s in step.scheduled])
-        starts = np.array([s.start for s in step.scheduled])
-        lengths = np.array([s.num_tokens for s in step.scheduled])
-        contexts = starts + lengths
 
-        cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
-        np.cumsum(lengths, out=cu_seqlens[1:])
-        sequence_of = np.repeat(np.arange(len(lengths)), lengths)  # [T]
-        positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1] - starts, lengths)
-        rows = slots[sequence_of]
-        blocks = self._block_tables[rows, positions // self.block_size].astype(np.int64)
-        slot_mapping = blocks * self.block_size + positions % self.block_size
-        max_context = int(contexts.max())
-        tables = self._block_tables[slots, : -(-max_context // self.block_size)]
-
+    def build(self, step: StepInput) -> ModelInput:
+        """Cut the step's packed tensors."""
+        scheduled = step.scheduled
+        slots = np.array([s.slot for s in scheduled])
+        starts = np.array([s.start for s in scheduled])
+        num_decodes = next((i for i, s in enumerate(scheduled) if s.num_tokens != 1), len(scheduled))
+        if num_decodes == len(scheduled):
+            layout = _Layout(slots, starts, starts + 1, self._counting[: num_decodes + 1])
+        else:
+            layout = _lay_out(slots, starts, np.array([s.num_tokens for s in scheduled]))
+        block, offset = np.divmod(layout.positions, self.block_size)
+        slot_mapping = self.block_tables[layout.rows, block] * np.int64(self.block_size) + offset
+        max_context = max(s.start + s.num_tokens for s in scheduled)
         metadata = AttentionMetadata(
-            cu_seqlens_q=self._tensor(cu_seqlens),
-            context_lens=self._tensor(contexts.astype(np.int32)),
-            max_seqlen_q=int(lengths.max()),
+            cu_seqlens_q=self._tensor(layout.bounds.astype(np.int32)),
+            context_lens=self._tensor(layout.contexts.astype(np.int32)),
+            max_seqlen_q=max(s.num_tokens for s in scheduled),
             max_context_len=max_context,
-            num_decodes=_leading_ones(lengths),
-            block_tables=self._tensor(tables),
+            num_decodes=num_decodes,
+            block_tables=self._tensor(self.block_tables[slots, : -(-max_context // self.block_size)]),
             slot_mapping=self._tensor(slot_mapping),
         )
-        input_ids = self._tensor(self.token_ids[rows, positions].astype(np.int64))
         return ModelInput(
-            input_ids,
-            self._tensor(positions),
+            self._tensor(self.token_ids[layout.rows, layout.positions]),
+            self._tensor(layout.positions),
             metadata,
-            last_rows=cu_seqlens[1:].astype(np.int64) - 1,
-            slots=slots,
-            context_lens=contexts,
         )
 
     def _append_blocks(self, slot: int, block_ids: tuple[int, ...]) -> None:
         start = self._num_blocks[slot]
-        self._block_tables[slot, start : start + len(block_ids)] = block_ids
+        self.block_tables[slot, start : start + len(block_ids)] = block_ids
         self._num_blocks[slot] += len(block_ids)
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
 
-def _leading_ones(lengths: IntArray) -> int:
-    longer = np.flatnonzero(lengths != 1)
-    return int(longer[0]) if len(longer) else len(lengths)
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where a step's packed tokens come from and belong."""
+
+    rows: IntArray
+    """[T]: slot of each token's sequence."""
+    positions: IntArray
+    """[T]."""
+    contexts: IntArray
+    """[B]: tokens of each sequence after the step."""
+    bounds: IntArray
+    """[B+1]: sequence b owns the packed tokens bounds[b]:bounds[b + 1]."""
+
+
+def _lay_out(slots: IntArray, starts: IntArray, lengths: IntArray) -> _Layout:
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1] - starts, lengths)
+    return _Layout(np.repeat(slots, lengths), positions, starts + lengths, bounds)

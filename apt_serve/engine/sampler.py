@@ -37,7 +37,10 @@ class Sampler:
         self._top_p = np.ones(max_num_seqs, dtype=np.float32)
         self._min_p = np.zeros(max_num_seqs, dtype=np.float32)
         self._seed = np.zeros(max_num_seqs, dtype=np.uint64)
-        self._num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
+        self._num_logprobs: dict[int, int] = {}
+        """By slot, of the sequences that want any."""
+        self._drawing: set[int] = set()
+        """Slots of the sequences whose temperature is above 0."""
         self.steps: tuple[LogitsStep, ...] = (
             LogitBias(),
             Penalties(vocab_size),
@@ -47,21 +50,30 @@ class Sampler:
     def add(self, sequence: AddedSequence) -> None:
         """Take over a sequence's parameters for its slot."""
         slot, sampling = sequence.slot, sequence.sampling
+        self._forget(slot)
+        if not sampling.is_greedy:
+            self._drawing.add(slot)
+        if sampling.logprobs is not None:
+            self._num_logprobs[slot] = sampling.logprobs
         self._temperature[slot] = 0.0 if sampling.is_greedy else sampling.temperature
         self._top_k[slot] = max(sampling.top_k, 0)
         self._top_p[slot] = sampling.top_p
         self._min_p[slot] = sampling.min_p
         self._seed[slot] = sequence.seed & 0xFFFF_FFFF_FFFF_FFFF
-        self._num_logprobs[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         for step in self.steps:
             step.add(sequence)
 
     def remove(self, slot: int) -> None:
         """Forget a slot."""
+        self._forget(slot)
         for step in self.steps:
             step.remove(slot)
 
-    def sample(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> SamplerOutput:
+    def _forget(self, slot: int) -> None:
+        self._drawing.discard(slot)
+        self._num_logprobs.pop(slot, None)
+
+    def sample(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> SamplerOutput:
         """Choose one token for each row.
 
         Args:
@@ -69,33 +81,31 @@ class Sampler:
             slots: [R] slot of each row.
             positions: [R] index the new token will have in its sequence.
         """
-        wanted = self._num_logprobs[slots]
-        raw = logits.clone() if (wanted >= 0).any() and any(step.touches(slots) for step in self.steps) else logits
+        rows = [row for row, slot in enumerate(slots) if slot in self._num_logprobs]
+        raw = logits.clone() if rows and any(step.touches(slots) for step in self.steps) else logits
         for step in self.steps:
             step.apply(logits, slots)
         token_ids = self._choose(logits, slots, positions)
         logprobs: list[TokenLogprobs | None] = [None] * len(slots)
-        rows = np.flatnonzero(wanted >= 0)
-        if len(rows):
-            found = gather_logprobs(raw[rows], token_ids[rows], int(wanted[rows].max()), wanted[rows].tolist())
-            for row, value in zip(rows.tolist(), found, strict=True):
-                logprobs[row] = value
+        if rows:
+            wanted = [self._num_logprobs[slots[row]] for row in rows]
+            for row, found in zip(rows, gather_logprobs(raw[rows], token_ids[rows], max(wanted), wanted), strict=True):
+                logprobs[row] = found
         for step in self.steps:
             step.accept(slots, token_ids)
         return SamplerOutput(token_ids.tolist(), logprobs)
 
-    def _choose(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
+    def _choose(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> torch.Tensor:
         """[R] token ids."""
-        temperature = self._temperature[slots]
-        if not temperature.any():
+        if self._drawing.isdisjoint(slots):
             return ops.argmax(logits)
         return ops.sample(
             logits,
-            temperature=_on(logits, temperature),
+            temperature=_on(logits, self._temperature[slots]),
             top_k=_on(logits, self._top_k[slots]),
             top_p=_on(logits, self._top_p[slots]),
             min_p=_on(logits, self._min_p[slots]),
-            uniform=_on(logits, uniform_at(self._seed[slots], positions)),
+            uniform=_on(logits, uniform_at(self._seed[slots], np.array(positions))),
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from apt_serve.engine.client import TokenLogprobs
 from apt_serve.engine.sampling_params import SamplingParams
@@ -50,6 +52,11 @@ class StepInput:
     def num_tokens(self) -> int:
         """Tokens to compute, of all sequences."""
         return sum(s.num_tokens for s in self.scheduled)
+
+    def last_rows(self, indices: Iterable[int]) -> list[int]:
+        """The rows, among the packed tokens, of the last tokens of the scheduled sequences with these indices."""
+        ends = list(accumulate(s.num_tokens for s in self.scheduled))
+        return [ends[i] - 1 for i in indices]
 
 
 @dataclass(frozen=True, slots=True)

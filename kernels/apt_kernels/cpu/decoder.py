@@ -1,6 +1,6 @@
-"""All layers of a decoder as one C++ op.
+"""A decoder's step as one C++ op, from the rows of running sequences to logits.
 
-At batch 1 a step takes a few milliseconds; calling each of its hundreds of ops from Python would add one or two.
+At batch 1 a step takes a few milliseconds; calling its hundreds of ops from Python would add one or two.
 """
 
 from __future__ import annotations
@@ -44,13 +44,24 @@ class LayerWeights:
 
 
 class DecoderLayers:
-    """The layers and the final norm, over a paged KV cache; inference only, bfloat16 activations."""
+    """Embedding, layers, final norm and output head over a paged KV cache; inference only, bfloat16.
+
+    Args:
+        layers: in order.
+        head: None leaves logits to the caller.
+        embedding: [V, C]. final_norm: [C].
+        cos, sin: [positions, D/2], of every position there may be.
+    """
 
     def __init__(
         self,
         layers: Sequence[LayerWeights],
-        final_norm: torch.Tensor,
+        head: Projection | None,
         *,
+        embedding: torch.Tensor,
+        final_norm: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
@@ -58,7 +69,7 @@ class DecoderLayers:
         scale: float,
     ) -> None:
         self._layers: Any = torch.classes.apt_cpu.DecoderLayers(
-            num_heads, num_kv_heads, head_dim, eps, scale, final_norm
+            num_heads, num_kv_heads, head_dim, eps, scale, embedding, final_norm, cos, sin
         )
         for layer in layers:
             qkv, attention_out, gate_up, down = (_spelled(projection) for projection in layer.projections)
@@ -74,34 +85,47 @@ class DecoderLayers:
                 layer.window,
             )
 
-    def __call__(
+        if head is not None:
+            self._layers.set_head(_spelled(head))
+
+    def bind_caches(
         self,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *,
-        key_caches: list[torch.Tensor],
-        value_caches: list[torch.Tensor],
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
         key_scales: list[torch.Tensor | None],
         value_scales: list[torch.Tensor | None],
-        slot_mapping: torch.Tensor,
-        cu_seqlens_q: torch.Tensor,
-        context_lens: torch.Tensor,
+    ) -> None:
+        """Work on these caches [N, P, K, D] from now on, one for each layer; scales are those of int8 caches."""
+        self._layers.bind_caches(keys, values, key_scales, value_scales)
+
+    def step(
+        self,
+        token_ids: torch.Tensor,
         block_tables: torch.Tensor,
-    ) -> torch.Tensor:
-        """Embedded tokens [T, C] -> normed hidden states [T, C]; the caches [N, P, K, D] get the new keys and values.
+        *,
+        slots: list[int],
+        starts: list[int],
+        lengths: list[int],
+        sampled: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute tokens starts[b] .. starts[b] + lengths[b] - 1 of the sequence in row slots[b], and store their keys.
 
         Args:
-            x: bfloat16.
-            cos, sin: [T, D/2].
-            key_caches, value_caches: one for each layer. key_scales, value_scales: theirs if they are int8.
-            slot_mapping: [T] int64. cu_seqlens_q: [B+1]. context_lens: [B]. block_tables: [B, max_blocks].
+            token_ids: [S, L] int64, a row for each running sequence.
+            block_tables: [S, max_blocks] int32.
+            slots, starts, lengths: [B].
+            sampled: indices, among the B, of the sequences after whose last token logits are wanted.
+
+        Returns:
+            Normed hidden states [T, C], and logits [R, V] float32 if there is a head.
         """
-        hidden: torch.Tensor = self._layers.forward(
-            *(x, cos, sin, key_caches, value_caches, key_scales, value_scales),
-            *(slot_mapping, cu_seqlens_q, context_lens, block_tables),
-        )
-        return hidden
+        hidden, logits = self._layers.step(token_ids, block_tables, slots, starts, lengths, sampled)
+        return hidden, logits
+
+
+def has_product(weight: PackedWeight) -> bool:
+    """Whether the C++ op multiplies with this format."""
+    return isinstance(weight, Bf16Weight | Int8Weight | Int4Weight)
 
 
 def can_run_layers(layers: Sequence[LayerWeights], head_dim: int) -> bool:
@@ -109,8 +133,7 @@ def can_run_layers(layers: Sequence[LayerWeights], head_dim: int) -> bool:
     if not native.is_enabled() or head_dim % 16 != 0:
         return False
     return all(
-        layer.input_norm.dtype == torch.bfloat16
-        and all(isinstance(p.weight, Bf16Weight | Int8Weight | Int4Weight) for p in layer.projections)
+        layer.input_norm.dtype == torch.bfloat16 and all(has_product(p.weight) for p in layer.projections)
         for layer in layers
     )
 

@@ -10,7 +10,8 @@ import torch
 from apt_core.kv_cache import LayerKVCache, allocate_kv_cache
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
-from apt_core.models.decoder import DecoderForCausalLM, fuse_projections, link_layers, pack_linears
+from apt_core.models.decoder import DecoderForCausalLM, fuse_projections, pack_linears
+from apt_core.models.linked import link_layers
 from apt_core.registry import build_model
 from apt_kernels.cpu import native
 
@@ -46,52 +47,80 @@ def random_model(config: ModelConfig) -> DecoderForCausalLM:
     return model.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def metadata(lengths: list[tuple[int, int]]) -> AttentionMetadata:
-    """Of sequences with so many queries at the end of so long a context, each in blocks of its own."""
-    tables = torch.arange(NUM_BLOCKS, dtype=torch.int32).flip(0).view(len(lengths), -1)
-    slots = [
-        tables[b, position // BLOCK_SIZE].item() * BLOCK_SIZE + position % BLOCK_SIZE
-        for b, (queries, context) in enumerate(lengths)
-        for position in range(context - queries, context)
-    ]
-    return AttentionMetadata(
-        cu_seqlens_q=torch.tensor([0, *(q for q, _ in lengths)]).cumsum(0).to(torch.int32),
-        context_lens=torch.tensor([c for _, c in lengths], dtype=torch.int32),
-        max_seqlen_q=max(q for q, _ in lengths),
-        max_context_len=max(c for _, c in lengths),
-        num_decodes=sum(q == 1 for q, _ in lengths),
-        block_tables=tables,
-        slot_mapping=torch.tensor(slots),
-    )
+Sequences = list[tuple[int, int]]
+"""Of each, so many queries at the end of so long a context; sequence b is in row ROWS[b] of a batch of 4."""
+ROWS = (2, 0)
+STEPS: list[Sequences] = [[(20, 20), (9, 9)], [(1, 21), (14, 23)]]
+"""Two prompts, then a decode with a chunk."""
 
 
-def run(
-    model: DecoderForCausalLM, kv_dtype: torch.dtype = torch.bfloat16
-) -> tuple[list[torch.Tensor], list[LayerKVCache]]:
-    """Two prompts, then a step that mixes a decode with a chunk."""
+def batch_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [4, 64], and block tables in which each row has blocks of its own."""
     torch.manual_seed(1)
-    cache = allocate_kv_cache(model.config, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=kv_dtype, device=CPU)
+    token_ids = torch.randint(0, LLAMA.vocab_size, (4, 64))
+    return token_ids, torch.arange(NUM_BLOCKS, dtype=torch.int32).flip(0).view(4, -1)
+
+
+def run_single(model: DecoderForCausalLM, cache: list[LayerKVCache]) -> list[torch.Tensor]:
+    """Hidden states and last tokens' logits of each step, by the model's own ops over packed tensors."""
+    token_ids, block_tables = batch_rows()
     outputs = []
-    for lengths in ([(20, 20), (9, 9)], [(1, 21), (14, 23)]):
-        step = metadata(lengths)
-        positions = torch.cat([torch.arange(c - q, c) for q, c in lengths])
-        ids = torch.randint(0, model.config.vocab_size, (len(positions),))
-        outputs.append(model.logits(model(model.embed(ids), positions, step, cache)))
-    return outputs, cache
+    for lengths in STEPS:
+        tables = block_tables[list(ROWS)]
+        places = [(b, p) for b, (queries, context) in enumerate(lengths) for p in range(context - queries, context)]
+        slots = [tables[b, p // BLOCK_SIZE].item() * BLOCK_SIZE + p % BLOCK_SIZE for b, p in places]
+        ends = torch.tensor([0, *(q for q, _ in lengths)]).cumsum(0)
+        step = AttentionMetadata(
+            cu_seqlens_q=ends.to(torch.int32),
+            context_lens=torch.tensor([c for _, c in lengths], dtype=torch.int32),
+            max_seqlen_q=max(q for q, _ in lengths),
+            max_context_len=max(c for _, c in lengths),
+            num_decodes=sum(q == 1 for q, _ in lengths),
+            block_tables=tables,
+            slot_mapping=torch.tensor(slots),
+        )
+        ids = torch.stack([token_ids[ROWS[b], p] for b, p in places])
+        hidden = model(model.embed(ids), torch.tensor([p for _, p in places]), step, cache)
+        outputs += [hidden, model.logits(hidden[ends[1:] - 1])]
+    return outputs
+
+
+def run_linked(model: DecoderForCausalLM, cache: list[LayerKVCache]) -> list[torch.Tensor]:
+    linked = link_layers(model, cache, max_positions=64)
+    assert linked is not None
+    outputs = []
+    for lengths in STEPS:
+        hidden, logits = linked.step(*batch_rows(), **arguments(lengths), sampled=[0, 1])
+        outputs += [hidden, model.logits(hidden[last_rows(lengths)]) if logits is None else logits]
+    return outputs
+
+
+def arguments(lengths: Sequences) -> dict[str, list[int]]:
+    return {"slots": list(ROWS), "starts": [c - q for q, c in lengths], "lengths": [q for q, _ in lengths]}
+
+
+def last_rows(lengths: Sequences) -> torch.Tensor:
+    return torch.tensor([q for q, _ in lengths]).cumsum(0) - 1
+
+
+def empty_cache(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> list[LayerKVCache]:
+    return allocate_kv_cache(config, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=dtype, device=CPU)
+
+
+def packed_model(config: ModelConfig, precision: str | None = None, **settings: str) -> DecoderForCausalLM:
+    model = random_model(config)
+    fuse_projections(model)
+    pack_linears(model, precision, **settings)
+    return model
 
 
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("precision", [None, "int8", "int4"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_linked_layers_equal_the_single_ops(config: ModelConfig, precision: str | None, kv_dtype: torch.dtype) -> None:
-    models = [random_model(config) for _ in range(2)]
-    for model in models:
-        fuse_projections(model)
-        pack_linears(model, precision)
-    link_layers(models[1])
-    assert models[1].model.linked is not None and models[0].model.linked is None
-    (single, single_cache), (linked, linked_cache) = (run(model, kv_dtype) for model in models)
-    for ours, expected in zip(linked, single, strict=True):
+    model = packed_model(config, precision)
+    single_cache, linked_cache = empty_cache(config, kv_dtype), empty_cache(config, kv_dtype)
+    for ours, expected in zip(run_linked(model, linked_cache), run_single(model, single_cache), strict=True):
         assert expected.isfinite().all() and torch.equal(ours, expected)
     for ours, expected in zip(linked_cache, single_cache, strict=True):
         assert torch.equal(ours.keys, expected.keys) and torch.equal(ours.values, expected.values)
@@ -101,23 +130,77 @@ def test_linked_layers_equal_the_single_ops(config: ModelConfig, precision: str 
             assert torch.equal(ours.value_scales, expected.value_scales) and ours.value_scales.any()
 
 
+def test_a_head_without_a_cpp_product_stays_single() -> None:
+    model = packed_model(LLAMA, "int8", head_precision="float32")
+    linked = link_layers(model, empty_cache(LLAMA), max_positions=64)
+    assert linked is not None
+    assert linked.step(*batch_rows(), **arguments(STEPS[0]), sampled=[1])[1] is None
+    for ours, expected in zip(
+        run_linked(model, empty_cache(LLAMA)), run_single(model, empty_cache(LLAMA)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("sampled", [[], [0], [1], [0, 1]], ids=str)
+def test_logits_are_those_of_the_sequences_that_sample(sampled: list[int]) -> None:
+    model, cache = packed_model(LLAMA), empty_cache(LLAMA)
+    expected = run_single(model, empty_cache(LLAMA))[1]
+    linked = link_layers(model, cache, max_positions=64)
+    assert linked is not None
+    logits = linked.step(*batch_rows(), **arguments(STEPS[0]), sampled=sampled)[1]
+    assert logits is not None and torch.equal(logits, expected[sampled])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_layers_without_cpp_products_stay_single(dtype: torch.dtype) -> None:
     model = random_model(LLAMA).to(dtype)
     fuse_projections(model)
     pack_linears(model)
-    link_layers(model)
-    assert model.model.linked is None
+    assert link_layers(model, empty_cache(LLAMA), max_positions=64) is None
 
 
-def test_a_table_that_names_no_block_is_refused() -> None:
-    model = random_model(LLAMA)
-    fuse_projections(model)
-    pack_linears(model)
-    link_layers(model)
-    step = metadata([(3, 3), (2, 2)])
-    assert step.block_tables is not None
-    step.block_tables[1, 0] = NUM_BLOCKS
-    cache = allocate_kv_cache(LLAMA, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU)
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"slots": [2, 4]}, "slots"),
+        ({"slots": [-1, 0]}, "slots"),
+        ({"starts": [-1, 0]}, "lengths"),
+        ({"lengths": [20, 0]}, "lengths"),
+        ({"lengths": [20, 33]}, "lengths"),  # four blocks of eight
+        ({"lengths": [20]}, "lengths"),
+        ({"sampled": [2]}, "sampled"),
+    ],
+    ids=str,
+)
+def test_rows_that_do_not_exist_are_refused(change: dict[str, list[int]], named: str) -> None:
+    linked = link_layers(packed_model(LLAMA), empty_cache(LLAMA), max_positions=64)
+    assert linked is not None
+    with pytest.raises(RuntimeError, match=named):
+        linked.step(*batch_rows(), **({"sampled": []} | arguments(STEPS[0]) | change))
+
+
+def test_a_position_beyond_the_last_is_refused() -> None:
+    linked = link_layers(packed_model(LLAMA), empty_cache(LLAMA), max_positions=19)
+    assert linked is not None
+    with pytest.raises(RuntimeError, match="lengths: sequence 0 ends at 20 of 19"):
+        linked.step(*batch_rows(), **arguments(STEPS[0]), sampled=[])
+
+
+@pytest.mark.parametrize("wrong", [-1, LLAMA.vocab_size])
+def test_a_token_outside_of_the_vocabulary_is_refused(wrong: int) -> None:
+    linked = link_layers(packed_model(LLAMA), empty_cache(LLAMA), max_positions=64)
+    assert linked is not None
+    token_ids, block_tables = batch_rows()
+    token_ids[0, 8] = wrong
+    with pytest.raises(RuntimeError, match="token_ids"):
+        linked.step(token_ids, block_tables, **arguments(STEPS[0]), sampled=[])
+
+
+@pytest.mark.parametrize("wrong", [-1, NUM_BLOCKS])
+def test_a_table_that_names_no_block_is_refused(wrong: int) -> None:
+    linked = link_layers(packed_model(LLAMA), empty_cache(LLAMA), max_positions=64)
+    assert linked is not None
+    token_ids, block_tables = batch_rows()
+    block_tables[0, 1] = wrong
     with pytest.raises(RuntimeError, match="block_tables"):
-        model(model.embed(torch.arange(5)), torch.arange(5), step, cache)
+        linked.step(token_ids, block_tables, **arguments(STEPS[0]), sampled=[])

@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from apt_core.kv_cache import allocate_kv_cache
+from apt_core.models.linked import link_layers
 from apt_kernels.cpu import native
 from apt_serve.engine.client import GenerationRequest
 from apt_serve.engine.sampling_params import SamplingParams
@@ -100,7 +102,10 @@ def test_with_the_cpp_ops_tokens_and_logprobs_equal_a_naive_recompute_bit_for_bi
         pytest.skip("APT_CPU_ISA=off: the C++ ops are not wanted")
     assert native.is_enabled(), "the C++ ops are not built: python -m apt_kernels.cpu.build"
     model = tiny_native_model(*NATIVE_MODELS[name])
-    assert name == "float32" or model.model.linked is not None
+    kv_cache = allocate_kv_cache(
+        model.config, num_blocks=1, block_size=4, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
+    assert name == "float32" or link_layers(model, kv_cache, max_positions=64) is not None
 
     def tokens_and_logprobs(delta):
         return tuple((entry.chosen.token_id, entry.chosen.logprob) for entry in delta.output.logprobs or ())

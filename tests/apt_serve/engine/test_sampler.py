@@ -32,8 +32,8 @@ def sampler_with(*params, **kwargs):
 
 
 def sample(sampler, logits, slots=None, positions=None):
-    slots = np.arange(len(logits)) if slots is None else np.array(slots)
-    positions = np.full(len(logits), 5) if positions is None else np.array(positions)
+    slots = list(range(len(logits))) if slots is None else slots
+    positions = [5] * len(logits) if positions is None else positions
     return sampler.sample(logits.clone(), slots, positions)
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from apt_core.kv_cache import allocate_kv_cache
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
-from apt_core.models.decoder import fuse_projections, link_layers, pack_linears
+from apt_core.models.decoder import fuse_projections, pack_linears
 from apt_core.registry import build_model
 from apt_core.tokenizer import HFTokenizer
 from apt_kernels import ops
@@ -60,7 +60,6 @@ def tiny_native_model(dtype, precision=None):
     """As a processor serves it: packed weights, and in bfloat16 all layers as one C++ op."""
     model = tiny_model.__wrapped__(dtype, NATIVE_CONFIG)
     pack_linears(model, precision)
-    link_layers(model)
     return model
 
 
