@@ -10,9 +10,11 @@ import torch
 
 from apt_core.model_config import ModelConfig
 
+HUGE_PAGE = 2 * 1024 * 1024
+"""Bytes. Large caches begin on one: what sequences hold lies scattered, and looking up small pages takes attention longer
+than reading them."""
 CACHE_LINE = 64
-"""Bytes; keys and values begin on one."""
-
+"""Bytes. Small caches begin on one."""
 
 SCALE_DTYPE = torch.float32
 """Of the scales of an int8 cache."""
@@ -50,10 +52,12 @@ def allocate_kv_cache(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy takes zero pages from the system, which cost nothing until they are written; torch writes them all.
+    # numpy takes zero pages from the system, huge ones for large arrays, which cost nothing until they are written; torch
+    # writes them all.
     num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(num_bytes + CACHE_LINE, dtype=np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
+    alignment = HUGE_PAGE if num_bytes > 2 * HUGE_PAGE else CACHE_LINE
+    memory = np.zeros(num_bytes + alignment, dtype=np.uint8)
+    start = -memory.ctypes.data % alignment
     return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
 
 
