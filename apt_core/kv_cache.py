@@ -11,8 +11,7 @@ import torch
 from apt_core.model_config import ModelConfig
 
 HUGE_PAGE = 2 * 1024 * 1024
-"""Bytes. Large caches begin on one: what sequences hold lies scattered, and looking up small pages takes attention longer
-than reading them."""
+"""Bytes. Large caches begin on one: what sequences hold lies scattered, and looking up many small pages takes long."""
 CACHE_LINE = 64
 """Bytes. Small caches begin on one."""
 
@@ -52,8 +51,8 @@ def allocate_kv_cache(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy takes zero pages from the system, huge ones for large arrays, which cost nothing until they are written; torch
-    # writes them all.
+    # numpy takes zero pages from the system, huge ones for large arrays, which cost nothing until they are written;
+    # torch writes them all.
     num_bytes = math.prod(shape) * dtype.itemsize
     alignment = HUGE_PAGE if num_bytes > 2 * HUGE_PAGE else CACHE_LINE
     memory = np.zeros(num_bytes + alignment, dtype=np.uint8)
