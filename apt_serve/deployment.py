@@ -1,7 +1,7 @@
 """APT on Ray Serve: one deployment, each replica with its own engine. The only file that imports Ray.
 
-`serve run deploy/config.yaml` calls ``build``; `apt-serve start` calls ``run``, which also lets running requests finish
-when it is told to stop (`serve run` cuts them).
+`serve run deploy/config.yaml` calls ``build``, `apt-serve start` calls ``run``. Told to stop, both drain, the former
+through ``drain_at_signals``: by itself Ray begins with the proxy, through which running requests answer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -
         stop = _event_at_signals()
         on_ready()
         stop.wait()
-        _drain(config)
+        _drain()
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -169,11 +170,42 @@ def _event_at_signals() -> threading.Event:
     return event
 
 
-def _drain(config: ServerConfig) -> None:
-    """Let requests finish before ``serve.shutdown``, which begins by killing the proxy they stream through."""
-    handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
-    handle.broadcast("drain").results(timeout_s=config.api.shutdown_grace_s + LINGER_S)
-    serve.delete(APPLICATION, _blocking=False)
+def _drain() -> None:
+    """Let requests finish before ``serve.shutdown``, which begins by killing the proxy they stream through.
+
+    Takes as long as the replicas' grace period allows.
+    """
+    applications = serve.status().applications
+    names = [name for name, status in applications.items() if DEPLOYMENT in status.deployments]
+    waits = [serve.get_deployment_handle(DEPLOYMENT, name).broadcast("drain") for name in names]
+    for wait in waits:
+        wait.results(timeout_s=None)
+    for name in names:
+        serve.delete(name, _blocking=False)
     deadline = time.monotonic() + LINGER_S
-    while APPLICATION in serve.status().applications and time.monotonic() < deadline:
+    while not serve.status().applications.keys().isdisjoint(names) and time.monotonic() < deadline:
         time.sleep(0.1)
+
+
+def drain_at_signals(runtime_env: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Let `serve run` drain at SIGINT and SIGTERM, which nothing in an application's own reach can do.
+
+    Ray calls the function that the environment variable RAY_RUNTIME_ENV_HOOK names in every process that connects to a
+    cluster; in others than `serve run` this one does nothing.
+    """
+    is_serve_run = Path(sys.argv[0]).name == "serve" and "run" in sys.argv
+    if is_serve_run and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop_serve_run)
+    return runtime_env
+
+
+def _stop_serve_run(number: int, frame: FrameType | None) -> None:
+    """The second signal interrupts the draining."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda again, _: sys.exit(128 + again))
+    try:
+        _drain()
+    finally:
+        serve.shutdown()
+    sys.exit(0)

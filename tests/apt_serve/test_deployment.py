@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from apt_core.config import parse, settings
 from apt_core.errors import ConfigError
@@ -26,6 +27,9 @@ from apt_serve.config_file import ConfigFile, HttpOptions, default_config_file, 
 from apt_serve.engine.config import EngineConfig
 
 CONFIG_FILE = Path(__file__).parents[2] / "deploy" / "config.yaml"
+
+Start = Callable[[int, Path], AbstractContextManager[subprocess.Popen[str]]]
+"""Starts the server on a port, with a folder for its files."""
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -171,15 +175,33 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """apt-serve start, and its end."""
-    command = [sys.executable, "-m", "apt_serve", "start", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A command of this environment's, and its end."""
+    full = [str(Path(sys.executable).parent / command[0]), *command[1:]]
+    process = subprocess.Popen(
+        full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
+    )
     try:
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=90)
+
+
+def apt_serve_start(port: int, folder: Path) -> AbstractContextManager[subprocess.Popen[str]]:
+    flags = (f"--port={port}", "--model.max_model_len=512", "--api.shutdown_grace_s=120")
+    return started("python", "-m", "apt_serve", "start", *flags)
+
+
+def serve_run(port: int, folder: Path) -> AbstractContextManager[subprocess.Popen[str]]:
+    """Ray's own command on the shipped configuration."""
+    config = yaml.safe_load(CONFIG_FILE.read_text(encoding="utf-8"))
+    config["http_options"]["port"] = port
+    args = config["applications"][0]["args"]
+    args["model"]["max_model_len"], args["api"]["shutdown_grace_s"] = 512, 120.0
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    hook = "apt_serve.deployment.drain_at_signals"
+    return started("serve", "run", str(folder / "config.yaml"), RAY_RUNTIME_ENV_HOOK=hook)
 
 
 def stream(url: str, lines: list[str]) -> None:
@@ -188,16 +210,29 @@ def stream(url: str, lines: list[str]) -> None:
         lines.extend(line for line in response.iter_lines() if line)
 
 
+def wait_ready(url: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the server was not ready in time")
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-def test_on_sigterm_running_streams_finish_and_new_requests_are_refused() -> None:
+@pytest.mark.parametrize("start", [apt_serve_start, serve_run])
+def test_on_sigterm_running_streams_finish_and_new_requests_are_refused(start: Start, tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with started(f"--port={port}", "--model.max_model_len=512", "--api.shutdown_grace_s=120") as process:
+    with start(port, tmp_path) as process:
         assert process.stdout
-        greeting = next(line for line in process.stdout if "APT serves" in line)
-        assert f"APT serves smollm2-135m-instruct at {url} " in greeting
-        assert httpx.get(f"{url}/ready").status_code == 200
+        if start is apt_serve_start:
+            greeting = next(line for line in process.stdout if "APT serves" in line)
+            assert f"APT serves smollm2-135m-instruct at {url} " in greeting
+        wait_ready(url, process)
         lines: list[str] = []
         reader = threading.Thread(target=stream, args=(url, lines))
         reader.start()
@@ -220,7 +255,7 @@ def test_on_sigterm_running_streams_finish_and_new_requests_are_refused() -> Non
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_model_that_cannot_be_loaded_is_named_in_the_last_line() -> None:
-    with started("/absent", f"--port={free_port()}") as process:
+    with started("python", "-m", "apt_serve", "start", "/absent", f"--port={free_port()}") as process:
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     *_, last = output.strip().splitlines()
