@@ -201,11 +201,13 @@ def drain_at_signals(runtime_env: dict[str, Any] | None) -> dict[str, Any] | Non
 
 
 def _stop_serve_run(number: int, frame: FrameType | None) -> None:
-    """The second signal interrupts the draining."""
+    """Drain, and end Serve; the second signal interrupts that."""
+    signal.alarm(0)  # Ray's own handler, which comes first, has set one that aborts the process in three seconds
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda again, _: sys.exit(128 + again))
     try:
         _drain()
     finally:
         serve.shutdown()
+        ray.shutdown()
     sys.exit(0)

@@ -205,7 +205,7 @@ def serve_run(port: int, folder: Path) -> AbstractContextManager[subprocess.Pope
 
 
 def stream(url: str, lines: list[str]) -> None:
-    body = {"messages": [{"role": "user", "content": "Tell a story."}], "stream": True, "max_tokens": 24}
+    body = {"messages": [{"role": "user", "content": "Tell a story."}], "stream": True, "max_tokens": 400}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body | {"ignore_eos": True}, timeout=120) as response:
         lines.extend(line for line in response.iter_lines() if line)
 
