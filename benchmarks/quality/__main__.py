@@ -2,6 +2,7 @@
 
 Perplexity, and greedy agreement: the share of positions of the text at which both would choose the same next token.
 `--source small` measures a small model that is trained here first and never was 4-bit: see benchmarks/quality/small.py.
+`--rescaled` takes a model's weights off the grid on which they were quantized: see benchmarks/quality/rescale.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from apt_core.registry import build_model
 from apt_kernels import ops
 from apt_serve.engine.config import EMBEDDED_MODEL
 from benchmarks.machine import describe
+from benchmarks.quality.rescale import rescale
 from benchmarks.quality.small import small_model
 from benchmarks.quality.text import TEXTS
 from benchmarks.table import print_table
@@ -82,17 +84,17 @@ def main() -> None:
         ops.set_num_threads(args.threads)
     checkpoint = open_checkpoint(str(small_model()) if args.source == SMALL else args.source)
     print(describe())
-    print(f"model     {args.source}")
+    print(f"model     {args.source}{', rescaled' if args.rescaled else ''}")
     for name in args.text or TEXTS:
         text = TEXTS[name]() if name in TEXTS else Path(name).read_text(encoding="utf-8")
         windows = _windows(checkpoint, text, args.windows, args.length)
         print(f"\ntext      {name}, {len(windows)} windows of {args.length} tokens")
-        _print_table(checkpoint, windows)
+        _print_table(checkpoint, windows, is_rescaled=args.rescaled)
 
 
-def _print_table(checkpoint: Checkpoint, windows: list[torch.Tensor]) -> None:
+def _print_table(checkpoint: Checkpoint, windows: list[torch.Tensor], *, is_rescaled: bool) -> None:
     """One row per variant."""
-    measured = [measure(_load(checkpoint, v), windows, v.cache_dtype) for v in VARIANTS]
+    measured = [measure(_load(checkpoint, v, is_rescaled=is_rescaled), windows, v.cache_dtype) for v in VARIANTS]
     exact = measured[0]
     rows = []
     for variant, result in zip(VARIANTS, measured, strict=True):
@@ -127,11 +129,15 @@ def _windows(checkpoint: Checkpoint, text: str, count: int, length: int) -> list
     return list(ids[: len(ids) // length * length].view(-1, length)[:count])
 
 
-def _load(checkpoint: Checkpoint, variant: Variant) -> DecoderForCausalLM:
+def _load(checkpoint: Checkpoint, variant: Variant, *, is_rescaled: bool) -> DecoderForCausalLM:
     model = build_model(checkpoint.config)
-    keeps_quantized = checkpoint.is_quantized or variant.precision == "int4"
-    load_into(model, checkpoint, dtype=variant.dtype, device=CPU, keeps_quantized=keeps_quantized)
+    keeps_quantized = not is_rescaled and (checkpoint.is_quantized or variant.precision == "int4")
+    dtype = torch.float32 if is_rescaled else variant.dtype
+    load_into(model, checkpoint, dtype=dtype, device=CPU, keeps_quantized=keeps_quantized)
     model.eval().requires_grad_(False)
+    if is_rescaled:
+        rescale(model)
+        model.to(variant.dtype)
     fuse_projections(model)
     pack_linears(model, variant.precision)
     return model
@@ -141,6 +147,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--source", default=EMBEDDED_MODEL, help=f"a model, or {SMALL}")
     parser.add_argument("--text", nargs="+", help=f"text files, or {', '.join(TEXTS)}, which are downloaded (default)")
+    parser.add_argument("--rescaled", action="store_true", help="the same function with weights that never were 4-bit")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=0, help="0 takes all")
