@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from apt_core.models.decoder import DecoderForCausalLM
 from apt_serve.engine.engine import Engine
+from apt_serve.engine.forward import LinkedForward, PackedForward
 from apt_serve.engine.sampler import Sampler
 from benchmarks.engine.offline import Workload, run_offline
 
@@ -22,7 +22,7 @@ class StepProfile:
 
     step_s: float
     model_s: float
-    """Layers and output head."""
+    """From the sequences' rows to logits."""
     sampling_s: float
 
     def describe(self, num_streams: int) -> str:
@@ -37,16 +37,15 @@ class StepProfile:
 def profile_steps(engine: Engine, workload: Workload, seed: int) -> StepProfile:
     """Run a workload with a timer around each part: two looks at the clock a call, and nothing in the engine itself."""
     steps: list[float] = []
-    layers: list[float] = []
-    heads: list[float] = []
+    model: list[float] = []
     sampling: list[float] = []
     with ExitStack() as timers:
         timers.enter_context(_timed(Engine, "step", steps))
-        timers.enter_context(_timed(DecoderForCausalLM, "forward", layers))
-        timers.enter_context(_timed(DecoderForCausalLM, "logits", heads))
+        for forward in (LinkedForward, PackedForward):
+            timers.enter_context(_timed(forward, "__call__", model))
         timers.enter_context(_timed(Sampler, "sample", sampling))
         run_offline(engine, workload, seed)
-    return StepProfile(median(steps), median(layers) + median(heads), median(sampling))
+    return StepProfile(median(steps), median(model), median(sampling))
 
 
 @contextmanager
