@@ -57,8 +57,10 @@ class EngineConfig:
     """Type of keys and values in the KV cache. auto: dtype; a float type must be dtype. int8, with a scale for each
     token and kv head, holds about twice as many tokens as bfloat16 in the same memory."""
     kv_cache_gib: float | None = None
-    """Memory for the KV cache in GiB; None takes what max_num_seqs contexts of up to 2048 tokens need, and never less
-    than one full context."""
+    """Memory for the KV cache in GiB; None takes, on a processor, what max_num_seqs contexts of up to 2048 tokens need,
+    and on a GPU what gpu_memory_utilization leaves."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, KV cache and steps may take together."""
     num_kv_blocks: int | None = None
     """Exact number of KV-cache blocks; overrides kv_cache_gib."""
     enable_prefix_caching: bool = True
@@ -79,6 +81,9 @@ class EngineConfig:
                 f"must be at least max_num_seqs ({self.max_num_seqs}), got {self.max_num_batched_tokens}",
                 field="max_num_batched_tokens",
             )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            problem = f"must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            raise ConfigError(problem, field="gpu_memory_utilization")
         if self.stall_timeout_s <= 0:
             raise ConfigError(f"must be above 0, got {self.stall_timeout_s}", field="stall_timeout_s")
 

@@ -1,4 +1,4 @@
-"""The ways to compute a step: as one linked op, or op by op from packed tensors."""
+"""The ways to compute a step: as one linked op, or op by op from packed tensors; `cuda_graph.py` has a third."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from apt_core.kv_cache import LayerKVCache
 from apt_core.models.decoder import DecoderForCausalLM
-from apt_core.models.linked import link_layers
 from apt_kernels import ops
 from apt_serve.engine.model_input import PersistentBatch
 from apt_serve.engine.step import StepInput
@@ -30,14 +29,6 @@ class Forward(Protocol):
 
     def __call__(self, step: StepInput, sampling: list[int]) -> ForwardOutput:
         """Compute the step; ``sampling`` are the indices of the scheduled sequences that sample."""
-
-
-def make_forward(
-    model: DecoderForCausalLM, kv_cache: list[LayerKVCache], batch: PersistentBatch, max_model_len: int
-) -> Forward:
-    """The fastest way there is for this model."""
-    linked = link_layers(model, kv_cache, max_model_len)
-    return LinkedForward(linked, model, batch) if linked is not None else PackedForward(model, kv_cache, batch)
 
 
 class LinkedForward:

@@ -11,7 +11,7 @@ import torch
 
 from apt_core.checkpoint import Checkpoint, PackedCache, load_into, open_checkpoint
 from apt_core.errors import ConfigError
-from apt_core.kv_cache import allocate_kv_cache, kv_bytes_per_token
+from apt_core.kv_cache import allocate_kv_cache
 from apt_core.model_config import GenerationConfig, ModelConfig
 from apt_core.models.decoder import fuse_projections, pack_linears
 from apt_core.quantization import WeightPrecision
@@ -22,14 +22,10 @@ from apt_serve.engine.client import ModelInfo
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.cpus import step_threads
 from apt_serve.engine.executor import Executor
+from apt_serve.engine.kv_memory import kv_memory, num_kv_blocks
 from apt_serve.engine.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
-
-TYPICAL_CONTEXT = 2048
-"""Tokens per sequence that the default KV cache has room for."""
-KV_CACHE_MEMORY_SHARE = 0.2
-"""Most of the available memory that the default KV cache may take."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,6 @@ def load(config: EngineConfig) -> LoadedModel:
     head_precision = _weight_precision(config, "lm_head_precision", dtype, device)
     max_model_len = _max_model_len(config, checkpoint.config)
     kv_dtype = _kv_cache_dtype(config, dtype)
-    num_blocks = _num_kv_blocks(config, checkpoint.config, kv_dtype, max_model_len)
 
     cache = None
     if device.type == "cpu" and native.is_enabled():
@@ -74,6 +69,7 @@ def load(config: EngineConfig) -> LoadedModel:
         pack_linears(model, precision, head_precision)
         if cache is not None:
             cache.write(model)
+    num_blocks = num_kv_blocks(config, checkpoint.config, kv_dtype, max_model_len, kv_memory(model, config, device))
     kv_cache = allocate_kv_cache(
         checkpoint.config, num_blocks=num_blocks, block_size=config.block_size, dtype=kv_dtype, device=device
     )
@@ -84,7 +80,10 @@ def load(config: EngineConfig) -> LoadedModel:
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         eos_token_ids=info.eos_token_ids,
+        pads_decodes=device.type == "cuda",
     )
+    if device.type == "cuda":
+        runner.warm_up(config.max_num_batched_tokens)
     log.info(
         "%s ready in %.1f s: %s, weights %s, on %s, %d threads, %d KV blocks of %d tokens (%s), contexts up to %d",
         info.name,
@@ -159,46 +158,6 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len is not None and config.max_model_len > trained:
         raise ConfigError(f"must be at most the model's {trained}, got {config.max_model_len}", field="max_model_len")
     return config.max_model_len or trained
-
-
-def _num_kv_blocks(config: EngineConfig, model: ModelConfig, kv_dtype: torch.dtype, max_model_len: int) -> int:
-    """Blocks the settings ask for.
-
-    Raises:
-        ConfigError: fewer than one full context needs, or more than memory holds.
-    """
-    block_bytes = kv_bytes_per_token(model, kv_dtype) * config.block_size
-    one_context = -(-max_model_len // config.block_size)
-    available = available_memory()
-    if config.num_kv_blocks is not None:
-        field, num_blocks = "num_kv_blocks", config.num_kv_blocks
-    elif config.kv_cache_gib is not None:
-        field, num_blocks = "kv_cache_gib", int(config.kv_cache_gib * 2**30) // block_bytes
-    else:
-        field = "max_model_len"
-        typical = config.max_num_seqs * -(-min(max_model_len, TYPICAL_CONTEXT) // config.block_size)
-        num_blocks = max(min(typical, int(available * KV_CACHE_MEMORY_SHARE) // block_bytes), one_context)
-    if num_blocks < one_context:
-        problem = f"gives {num_blocks} KV blocks; one context of max_model_len {max_model_len} needs {one_context}"
-        raise ConfigError(problem, field=field)
-    if num_blocks * block_bytes > available:
-        needed, there = num_blocks * block_bytes / 2**30, available / 2**30
-        raise ConfigError(f"needs a KV cache of {needed:.1f} GiB; {there:.1f} GiB are available", field=field)
-    return num_blocks
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: what the machine has free, or its container's limit if that is less."""
-    with open("/proc/meminfo", encoding="ascii") as meminfo:
-        available = next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable:"))
-    try:
-        with (
-            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
-            open("/sys/fs/cgroup/memory.current", encoding="ascii") as current,
-        ):
-            return min(available, int(limit.read()) - int(current.read()))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return available
 
 
 def _model_info(config: EngineConfig, checkpoint: Checkpoint, max_model_len: int) -> ModelInfo:

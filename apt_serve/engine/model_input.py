@@ -33,6 +33,7 @@ class PersistentBatch:
 
     def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
+        self.max_model_len = max_model_len
         self.device = device
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)

@@ -6,18 +6,25 @@ import torch
 
 from apt_core.kv_cache import LayerKVCache
 from apt_core.models.decoder import DecoderForCausalLM
+from apt_core.models.linked import link_layers
 from apt_serve.engine.client import TokenLogprobs
-from apt_serve.engine.forward import make_forward, wide_logits
+from apt_serve.engine.cuda_graph import PaddedForward
+from apt_serve.engine.forward import Forward, LinkedForward, PackedForward, wide_logits
 from apt_serve.engine.model_input import PersistentBatch
 from apt_serve.engine.sampler import Sampler, SamplerOutput, gather_logprobs
-from apt_serve.engine.step import ScheduledSequence, SequenceOutput, StepInput, StepOutput
+from apt_serve.engine.sampling_params import SamplingParams
+from apt_serve.engine.step import AddedSequence, ScheduledSequence, SequenceOutput, StepInput, StepOutput
 
 PROMPT_LOGPROBS_ROWS = 64
 """Prompt positions whose logits are held at a time: bounds memory at this many times the vocabulary."""
 
 
 class ModelRunner:
-    """The Executor that runs in the engine's own thread; `launch` computes the step at once."""
+    """The Executor that runs in the engine's own thread; `launch` computes the step at once.
+
+    Args:
+        pads_decodes: pad decode steps to fixed sizes, which a GPU's graphs need.
+    """
 
     def __init__(
         self,
@@ -27,13 +34,22 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         eos_token_ids: frozenset[int],
+        pads_decodes: bool = False,
     ) -> None:
         keys = kv_cache[0].keys
         self._model = model
         self._batch = PersistentBatch(
             max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=keys.shape[1], device=keys.device
         )
-        self._forward = make_forward(model, kv_cache, self._batch, max_model_len)
+        self._forward: Forward
+        if pads_decodes:
+            self._forward = PaddedForward(
+                model, kv_cache, self._batch, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            )
+        elif linked := link_layers(model, kv_cache, max_model_len):
+            self._forward = LinkedForward(linked, model, self._batch)
+        else:
+            self._forward = PackedForward(model, kv_cache, self._batch)
         self._sampler = Sampler(
             max_num_seqs=max_num_seqs, vocab_size=model.config.vocab_size, eos_token_ids=eos_token_ids
         )
@@ -57,6 +73,23 @@ class ModelRunner:
 
     def reset(self) -> None:
         """See Executor: rows are rebuilt when sequences are added, so nothing is left to forget."""
+
+    @torch.inference_mode()
+    def warm_up(self, max_num_batched_tokens: int) -> None:
+        """Run steps of all kinds over the still empty cache, so that nothing is compiled or captured while serving.
+
+        Args:
+            max_num_batched_tokens: most tokens of a step.
+        """
+        most = min(max_num_batched_tokens, self._batch.max_model_len)
+        for sampling in (SamplingParams(temperature=0.0, logprobs=1), SamplingParams(top_p=0.9, top_k=8, min_p=0.01)):
+            num_tokens = 1
+            while num_tokens < 2 * most:
+                self.launch(warm_up_step(min(num_tokens, most), self._batch.block_size, sampling))
+                num_tokens *= 2
+        self._apply_changes(StepInput((), (), removed_slots=(0,)))
+        if isinstance(self._forward, PaddedForward) and self._batch.device.type == "cuda":
+            self._forward.capture()
 
     def _apply_changes(self, step: StepInput) -> None:
         for slot in step.removed_slots:
@@ -103,6 +136,14 @@ class ModelRunner:
             logits = wide_logits(self._model, hidden[row : row + count])
             found += gather_logprobs(logits, targets, wanted, [wanted] * count)
         return tuple(found)
+
+
+def warm_up_step(num_tokens: int, block_size: int, sampling: SamplingParams) -> StepInput:
+    """One sequence's so many tokens, in the cache's first blocks."""
+    blocks = tuple(range(-(-num_tokens // block_size)))
+    added = AddedSequence(0, "warm-up", (0,) * num_tokens, num_tokens, sampling, seed=0, block_ids=blocks)
+    scheduled = ScheduledSequence(0, "warm-up", 0, num_tokens, new_block_ids=(), samples=True)
+    return StepInput((added,), (scheduled,), removed_slots=())
 
 
 def _output(

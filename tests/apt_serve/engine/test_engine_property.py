@@ -85,13 +85,20 @@ scenarios = st.fixed_dictionaries(
 )
 
 
+def tokens(delta):
+    return delta.output.token_ids
+
+
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scenario=scenarios)
 def test_greedy_output_equals_a_naive_recompute(scenario):
-    def tokens(delta):
-        return delta.output.token_ids
-
     check(scenario, tokens, expected_output)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(scenario=scenarios)
+def test_decode_steps_padded_as_for_a_gpu_change_nothing(scenario):
+    check(scenario, tokens, expected_output, pads_decodes=True)
 
 
 @pytest.mark.parametrize("name", NATIVE_MODELS)

@@ -73,7 +73,7 @@ def tiny_tokenizer():
     return HFTokenizer(tokenizer, chat_template=None, file="tiny")
 
 
-def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, model=None, **settings):
+def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, model=None, pads_decodes=False, **settings):
     """A real engine over a tiny model, the exact one if none is given."""
     model = model or tiny_model()
     settings = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32} | settings
@@ -95,6 +95,7 @@ def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, model=None, **set
         max_num_seqs=config.max_num_seqs,
         max_model_len=info.max_model_len,
         eos_token_ids=info.eos_token_ids,
+        pads_decodes=pads_decodes,
     )
     return Engine(config, metrics, model=LoadedModel(info, executor(runner) if executor else runner, num_kv_blocks))
 
