@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
+from apt_serve.engine.cuda_graph import PaddedForward
 from apt_serve.engine.engine import Engine
 from apt_serve.engine.forward import LinkedForward, PackedForward
 from apt_serve.engine.sampler import Sampler
@@ -41,7 +42,7 @@ def profile_steps(engine: Engine, workload: Workload, seed: int) -> StepProfile:
     sampling: list[float] = []
     with ExitStack() as timers:
         timers.enter_context(_timed(Engine, "step", steps))
-        for forward in (LinkedForward, PackedForward):
+        for forward in (LinkedForward, PackedForward, PaddedForward):
             timers.enter_context(_timed(forward, "__call__", model))
         timers.enter_context(_timed(Sampler, "sample", sampling))
         run_offline(engine, workload, seed)
