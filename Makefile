@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test install lint types imports check bench bench-peers clean
+.PHONY: help serve test test-gpu install lint types imports check bench bench-peers clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -30,6 +30,9 @@ test: install ## Install, then run every check and every test with coverage.
 	@echo "== Tests with coverage, $(OMP_NUM_THREADS) threads"
 	@$(BIN)/python -m pytest -q --cov --cov-report=term $(ARGS)
 	@echo "== All passed. Next: make serve"
+
+test-gpu: ## Run what needs a GPU, by PYTHON, which must have CUDA torch, Triton, pytest and what APT needs.
+	@TRITON_INTERPRET=0 PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu $(ARGS)
 
 install: $(STAMP) $(OPS_STAMP) ## Make .venv and install APT with the pinned versions.
 
