@@ -11,8 +11,9 @@ import torch
 from apt_core.layers.norm import RMSNorm
 from apt_core.models.decoder import MLP, Attention, DecoderForCausalLM, DecoderLayer
 
-LARGEST = 2.0
-"""Factors lie between this and its inverse, evenly on a logarithmic scale."""
+LARGEST = 1.25
+"""Factors lie between this and its inverse, evenly on a logarithmic scale: enough to move large weights by whole steps of 4
+bits, and too little to widen the range of a group much."""
 
 
 @torch.no_grad()
