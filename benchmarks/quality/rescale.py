@@ -12,8 +12,8 @@ from apt_core.layers.norm import RMSNorm
 from apt_core.models.decoder import MLP, Attention, DecoderForCausalLM, DecoderLayer
 
 LARGEST = 1.25
-"""Factors lie between this and its inverse, evenly on a logarithmic scale: enough to move large weights by whole steps of 4
-bits, and too little to widen the range of a group much."""
+"""Factors lie between this and its inverse, evenly on a logarithmic scale: enough to move large weights by whole steps
+of 4 bits, and too little to widen the range of a group much."""
 
 
 @torch.no_grad()
