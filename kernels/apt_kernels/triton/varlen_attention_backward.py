@@ -66,9 +66,9 @@ def _query_gradient(
         k = load_rows(key, first, key_stride, length, MASKED, HEAD_DIM, BLOCK_N, BLOCK_D)
         v = load_rows(value, first, value_stride, length, MASKED, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        weights = tl.exp2(scores - logsumexp[:, None])
         if MASKED:
-            weights = tl.where(is_visible(positions[:, None], key_positions[None, :], WINDOW), weights, 0.0)
+            scores = tl.where(is_visible(positions[:, None], key_positions[None, :], WINDOW), scores, float("-inf"))
+        weights = tl.exp2(scores - logsumexp[:, None])
         weights_grad = tl.dot(grad, tl.trans(v), input_precision="ieee")
         scores_grad = weights * (weights_grad - delta[:, None])
         acc += tl.dot(scores_grad.to(k.dtype), k, input_precision="ieee")
@@ -197,8 +197,9 @@ def _key_kernel(
             do = load_rows(head_grad, start, grad_stride, length, True, HEAD_DIM, BLOCK_M, BLOCK_D)
             lse = tl.load(logsumexp + row_offset + positions, mask=positions < length, other=float("inf"))
             d = tl.load(delta + row_offset + positions, mask=positions < length, other=0.0)
-            weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
-            weights = tl.where(is_visible(positions[None, :], key_positions[:, None], WINDOW), weights, 0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2
+            scores = tl.where(is_visible(positions[None, :], key_positions[:, None], WINDOW), scores, float("-inf"))
+            weights = tl.exp2(scores - lse[None, :])
             value_acc += tl.dot(weights.to(do.dtype), do, input_precision="ieee")
             weights_grad = tl.dot(v, tl.trans(do), input_precision="ieee")
             scores_grad = weights * (weights_grad - d[None, :])
