@@ -1,14 +1,15 @@
 """The public ops: check arguments, then choose a backend by device, dtype and need of gradients.
 
-On a processor the C++ ops serve float32 and bfloat16 wherever no gradient is wanted. Everything else is made of torch
-ops, which autograd and the compiler see through.
+On a processor the C++ ops serve float32 and bfloat16 wherever no gradient is wanted. On a GPU the Triton kernels serve,
+with gradients where training needs them. Everything else is made of torch ops, which autograd and the compiler see
+through.
 """
 
 from __future__ import annotations
 
 import torch
 
-from apt_kernels import reference
+from apt_kernels import cross_entropy, reference
 from apt_kernels.cpu import attention as cpu_attention
 from apt_kernels.cpu import linear as cpu_linear
 from apt_kernels.cpu import native
@@ -21,6 +22,13 @@ from apt_kernels.cpu.linear import (
     can_pack,
 )
 from apt_kernels.reference import apply_rope, store_kv
+
+# Triton is for NVIDIA's GPUs here: a torch without CUDA does not import it.
+if torch.version.cuda is not None:
+    from apt_kernels.triton import activation as triton_activation
+    from apt_kernels.triton import cross_entropy as triton_cross_entropy
+    from apt_kernels.triton import norm as triton_norm
+    from apt_kernels.triton import varlen_attention as triton_varlen_attention
 
 __all__ = [
     "PACKED_LAYOUT_VERSION",
@@ -36,6 +44,7 @@ __all__ = [
     "can_run_layers",
     "fused_add_rms_norm",
     "has_product",
+    "linear_cross_entropy",
     "pack_int4_weight",
     "pack_int8_weight",
     "pack_linear_weight",
@@ -54,6 +63,8 @@ __all__ = [
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 """Dtypes the C++ ops know."""
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes the Triton kernels compute in."""
 
 
 def set_num_threads(count: int) -> None:
@@ -67,6 +78,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if _is_native(x, weight):
         out: torch.Tensor = torch.ops.apt_cpu.rms_norm(x, weight, eps)
         return out
+    if _is_triton(x, weight):
+        return triton_norm.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
@@ -77,6 +90,8 @@ def fused_add_rms_norm(
     if _is_native(x, weight, residual):
         normed, total = torch.ops.apt_cpu.fused_add_rms_norm(x, residual, weight, eps)
         return normed, total
+    if _is_triton(x, weight, residual):
+        return triton_norm.fused_add_rms_norm(x, residual, weight, eps)
     return reference.fused_add_rms_norm(x, residual, weight, eps)
 
 
@@ -85,6 +100,8 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if _is_native(gate_up):
         out: torch.Tensor = torch.ops.apt_cpu.silu_and_mul(gate_up)
         return out
+    if _is_triton(gate_up):
+        return triton_activation.silu_and_mul(gate_up)
     return reference.silu_and_mul(gate_up)
 
 
@@ -188,9 +205,48 @@ def varlen_attention(
     """
     _check_heads(query, key.shape[1], "key")
     _require(key.shape == value.shape, "value", "must have key's shape")
+    if _is_triton(query, key, value):
+        return triton_varlen_attention.varlen_attention(
+            query, key, value, cu_seqlens=cu_seqlens, scale=scale, window=window
+        )
     if query.device.type == "cpu":
         return cpu_attention.varlen_attention(query, key, value, cu_seqlens, scale, window)
     return reference.varlen_attention(query, key, value, cu_seqlens, scale, window)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the tokens' losses, and their number, in little memory; see `reference.linear_cross_entropy`.
+
+    The logits of a chunk of tokens exist at a time, and become the gradients at once (see `apt_kernels.cross_entropy`).
+
+    Args:
+        hidden: [T, C]. weight: [V, C], which may be that of the embedding.
+        targets: [T] int64, ids or ignore_index.
+        z_loss: adds so much of the square of each token's logsumexp.
+
+    Returns:
+        The sum [], differentiable once in hidden and weight, and the number [] int64.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together; names the argument.
+    """
+    _require(hidden.dim() == 2, "hidden", f"must be [T, C], got {tuple(hidden.shape)}")
+    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype
+    _require(fits and len(weight) > 0, "weight", f"must be {hidden.dtype} [V, {hidden.shape[1]}]")
+    fits = targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
+    _require(fits, "targets", f"must be int64 [{hidden.shape[0]}]")
+    if _is_triton(hidden, weight):
+        return triton_cross_entropy.linear_cross_entropy(
+            hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss
+        )
+    return cross_entropy.linear_cross_entropy(hidden, weight, targets, ignore_index, z_loss)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -268,6 +324,13 @@ def _is_native(x: torch.Tensor, *others: torch.Tensor) -> bool:
         if other.dtype != x.dtype:
             return False
     return not torch.is_grad_enabled() or not (x.requires_grad or any(other.requires_grad for other in others))
+
+
+def _is_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve: plain tensors of one dtype they know, on one of NVIDIA's GPUs."""
+    if torch.version.cuda is None or not x.is_cuda or x.dtype not in TRITON_DTYPES or type(x) is not torch.Tensor:
+        return False
+    return all(other.dtype == x.dtype for other in others)
 
 
 def _has_native_cache(

@@ -171,6 +171,27 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ignore_index: int, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over tokens of the cross-entropy of the logits hidden @ weight.T, and how many tokens count.
+
+    Args:
+        hidden: [T, C]. weight: [V, C].
+        targets: [T] int64; tokens whose target is ignore_index do not count.
+        z_loss: adds so much of the square of each token's logsumexp (arXiv 2204.02311), which keeps logits near 0.
+
+    Returns:
+        The sum [] in at least float32, and the number [] int64. The caller divides, by the tokens of all its devices.
+    """
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    is_ignored = targets == ignore_index
+    chosen = logits.gather(1, targets.masked_fill(is_ignored, 0).unsqueeze(1)).squeeze(1)
+    logsumexp = logits.logsumexp(-1)
+    losses = logsumexp - chosen + z_loss * logsumexp.square()
+    return losses.masked_fill(is_ignored, 0).sum(), (~is_ignored).sum()
+
+
 def int8_linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
