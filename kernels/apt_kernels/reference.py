@@ -227,7 +227,9 @@ def int8_row_linear(
     else:
         values = (x.float() * (1 / input_scale)).clamp(-127, 127).round()
         row_scales = torch.where(x.isfinite().all(1, keepdim=True), input_scale, torch.nan)
-    return weight_only_linear(values.double() * row_scales, dequantize_int8(weight, scales, torch.float64), bias, out_dtype)
+    return weight_only_linear(
+        values.double() * row_scales, dequantize_int8(weight, scales, torch.float64), bias, out_dtype
+    )
 
 
 def float8_linear(
@@ -338,9 +340,7 @@ def quantize_rows(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch
     return (groups * inverse).round(), largest / 127
 
 
-def dequantize_int8(
-    weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """int8 [out, in] and scales [out]: value = scale * weight."""
     return weight.to(dtype) * scales.to(dtype).unsqueeze(1)
 

@@ -58,14 +58,14 @@ def split_range(num_in, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
 def load_rows(x, rows, inputs, num_rows, num_in, x_stride):
     """x transposed, [inputs, rows]; what lies outside is zero."""
     inside = (rows < num_rows)[None, :] & (inputs < num_in)[:, None]
-    return tl.load(x + rows.to(tl.int64)[None, :] * x_stride + inputs[:, None], mask=inside, other=0)
+    return tl.load(x + rows.to(tl.int64)[None, :] * x_stride + inputs[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
 def load_weight(weight, outs, inputs, num_out, num_in):
     """[outputs, inputs]; what lies outside is zero."""
     inside = (outs < num_out)[:, None] & (inputs < num_in)[None, :]
-    return tl.load(weight + outs.to(tl.int64)[:, None] * num_in + inputs[None, :], mask=inside, other=0)
+    return tl.load(weight + outs.to(tl.int64)[:, None] * num_in + inputs[None, :], mask=inside, other=0.0)
 
 
 @triton.jit

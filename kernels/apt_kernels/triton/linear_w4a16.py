@@ -72,10 +72,10 @@ def _linear_kernel(
         for i in tl.static_range(CODES):
             # Written so that slots of one group have one and the same load.
             group = k // GROUP_SIZE + i * WORDS // GROUP_SIZE
-            place = group.to(tl.int64) * num_out + outs
+            place = group * num_out + outs
             scale = tl.load(scales + place, mask=is_out, other=0).to(tl.float32)[:, None]
             minimum = tl.load(minima + place, mask=is_out, other=0).to(tl.float32)[:, None]
-            x_tile = load_rows(x, rows, k + i * WORDS + lane, num_rows, num_in, x_stride)
+            x_tile = load_rows(x, rows, lane + k + i * WORDS, num_rows, num_in, x_stride)
             values = ((tile >> (4 * i)) & 15).to(tl.float32) * scale + minimum
             acc = tl.dot(values.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
     store_tile(acc, out, row_scales, out_scales, bias, first_row, first_out, num_rows, num_out, SPLIT_K)

@@ -38,7 +38,7 @@ def _quantize_kernel(
     most = tl.max(largest)
     if input_scale is None:
         scale = tl.div_rn(most, LARGEST)
-        inverse = tl.where(most == 0, 0.0, tl.div_rn(LARGEST, most))
+        inverse = tl.div_rn(LARGEST, tl.where(most == 0, 1.0, most))
     else:
         scale = tl.load(input_scale)
         inverse = tl.div_rn(1.0, scale)
