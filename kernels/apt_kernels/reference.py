@@ -215,18 +215,19 @@ def int8_row_linear(
     scales: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    input_scale: torch.Tensor | None = None,
+    input_scale: float | None = None,
 ) -> torch.Tensor:
     """Linear layer on int8 weights [out, in], one scale [out] each, with x [T, in] in int8, one scale per row.
 
     Args:
-        input_scale: float32 [1], of every row; what it does not reach is cut off. None makes each row's own.
+        input_scale: of every row; what it does not reach is cut off. None gives each row its own.
     """
     if input_scale is None:
         values, row_scales = (part.squeeze(1) for part in quantize_rows(x, x.shape[1]))
     else:
-        values = (x.float() * (1 / input_scale)).clamp(-127, 127).round()
-        row_scales = torch.where(x.isfinite().all(1, keepdim=True), input_scale, torch.nan)
+        scale = torch.tensor(input_scale, dtype=torch.float32, device=x.device)
+        values = (x.float() * scale.reciprocal()).clamp(-127, 127).round()
+        row_scales = torch.where(x.isfinite().all(1, keepdim=True), scale, torch.nan)
     return weight_only_linear(
         values.double() * row_scales, dequantize_int8(weight, scales, torch.float64), bias, out_dtype
     )

@@ -57,14 +57,14 @@ def linear(
     scales: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    input_scale: torch.Tensor | None = None,
+    input_scale: float | None = None,
 ) -> torch.Tensor:
     """[T, in] -> [T, out]; see `reference.int8_row_linear`.
 
     Args:
         x: float32, float16 or bfloat16; rows may lie apart.
         weight: int8 [out, in]. scales: float32 [out]. bias: float32 [out].
-        input_scale: float32 [1], of every row; None makes each row's own.
+        input_scale: of every row; None gives each row its own.
 
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
@@ -73,7 +73,7 @@ def linear(
     require(weight.is_contiguous(), "weight", "must be contiguous")
     num_out, num_in = weight.shape
     require(num_in <= MAX_IN, "weight", f"has {num_in} inputs; sums hold {MAX_IN}")
-    linear_tile.check(x, num_out, num_in, bias, out_dtype, weight=weight, scales=scales, input_scale=input_scale)
+    linear_tile.check(x, num_out, num_in, bias, out_dtype, weight=weight, scales=scales)
     linear_tile.require_scales(scales, num_out)
     values, row_scales = quantize_rows(x, torch.int8, input_scale)
     shape = (x.shape[0], num_out, num_in)

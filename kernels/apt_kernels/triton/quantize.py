@@ -40,7 +40,7 @@ def _quantize_kernel(
         scale = tl.div_rn(most, LARGEST)
         inverse = tl.div_rn(LARGEST, tl.where(most == 0, 1.0, most))
     else:
-        scale = tl.load(input_scale)
+        scale = input_scale
         inverse = tl.div_rn(1.0, scale)
     # A maximum passes over NaN. As in the twin, a row with NaN or infinity becomes NaN.
     tl.store(row_scales + row, tl.where(tl.sum(num_odd) == 0, scale, float("nan")))
@@ -55,7 +55,7 @@ def _quantize_kernel(
 
 
 def quantize_rows(
-    x: torch.Tensor, dtype: torch.dtype, input_scale: torch.Tensor | None = None
+    x: torch.Tensor, dtype: torch.dtype, input_scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, in] as dtype times a scale per row: ([T, in], float32 [T]); see `reference.quantize_rows`.
 
@@ -63,7 +63,7 @@ def quantize_rows(
 
     Args:
         dtype: int8 or float8_e4m3fn.
-        input_scale: float32 [1], the scale of every row; larger values are cut off.
+        input_scale: the scale of every row; larger values are cut off. None gives each row its own.
 
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
@@ -71,10 +71,8 @@ def quantize_rows(
     require(dtype in LARGEST, "dtype", f"must be int8 or float8_e4m3fn, not {dtype}")
     require(x.dim() == 2 and x.dtype in FLOAT_DTYPES, "x", "must be float32, float16 or bfloat16 [T, in]")
     require(x.shape[1] == 1 or x.stride(1) == 1, "x", "must have inputs side by side")
-    if input_scale is not None:
-        fits = input_scale.numel() == 1 and input_scale.dtype == torch.float32
-        require(fits, "input_scale", "must be one float32")
-    require_device(x=x, input_scale=input_scale)
+    require(input_scale is None or input_scale > 0, "input_scale", f"must be positive, got {input_scale}")
+    require_device(x=x)
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0] > 0:

@@ -47,7 +47,7 @@ def test_equals_its_twin(shape, dtype):
 def test_a_scale_may_be_given(largest):
     """One that cuts large values off, one that does not, and one that leaves few steps."""
     weight, scales = make_weight(50, 192)
-    x, scale = make_x(7, 192, torch.float16), torch.tensor([largest / 127], device=DEVICE)
+    x, scale = make_x(7, 192, torch.float16), largest / 127
     out = linear_w8a8.linear(x, weight, scales, None, torch.float32, input_scale=scale)
     assert_close(out, reference.int8_row_linear(x, weight, scales, None, torch.float32, scale))
 
@@ -112,7 +112,6 @@ def test_a_row_that_is_not_finite_becomes_nan(value, scale):
     weight, scales = make_weight(20, 192)
     x = make_x(3, 192, torch.float16)
     x[1, 100] = value
-    scale = None if scale is None else torch.tensor([scale], device=DEVICE)
     out = linear_w8a8.linear(x, weight, scales, None, torch.float32, scale)
     assert out.isnan().all(1).tolist() == [False, True, False]
     assert_close(out, reference.int8_row_linear(x, weight, scales, None, torch.float32, scale))
@@ -141,8 +140,7 @@ def test_arguments_that_do_not_fit_are_named():
         ({"weight": many}, "weight has 131073 inputs"),
         ({"scales": scales[:-1]}, r"scales must be float32 \[50\]"),
         ({"x": make_x(3, 191, torch.float16)}, r"x must be \[T, 192\]"),
-        ({"input_scale": torch.ones(2, device=DEVICE)}, "input_scale must be one float32"),
-        ({"input_scale": torch.ones(1, device=DEVICE).double()}, "input_scale must be one float32"),
+        ({"input_scale": 0.0}, "input_scale must be positive"),
     ]
     for changes, message in bad:
         with pytest.raises(ValueError, match=message):
