@@ -52,6 +52,7 @@ class Int4Tensor:
         return by_rows(
             self.shape,
             dtype,
+            self.values.device,
             lambda rows: dequantize_int4(self.values[rows], self.scales[rows], self.minima[rows]),
         )
 

@@ -20,6 +20,11 @@ class Int8Tensor:
     """[out, in] int8."""
     scales: torch.Tensor
     """[out] float32."""
+    has_int8_inputs: bool = False
+    """Whether the checkpoint was made for inputs in int8 as well, one scale a row. A GPU then does so; a processor
+    always does, in finer groups."""
+    input_scale: float | None = None
+    """The scale of every row of these; None gives each row its own."""
 
     @property
     def shape(self) -> torch.Size:
@@ -28,7 +33,12 @@ class Int8Tensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See StoredWeight."""
-        return by_rows(self.shape, dtype, lambda rows: dequantize_int8(self.values[rows], self.scales[rows]))
+        return by_rows(
+            self.shape,
+            dtype,
+            self.values.device,
+            lambda rows: dequantize_int8(self.values[rows], self.scales[rows]),
+        )
 
     def kernel_form(self) -> Int8Tensor:
         """See StoredWeight."""

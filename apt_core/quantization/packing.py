@@ -9,11 +9,14 @@ import torch
 
 from apt_core.quantization.int4 import Int4Tensor, quantize_int4
 from apt_core.quantization.int8 import Int8Tensor, quantize_int8
-from apt_core.quantization.stored import StoredWeight
+from apt_core.quantization.stored import Float8Weight, StoredWeight
 from apt_kernels import ops
 
 WeightPrecision: TypeAlias = Literal["float32", "bfloat16", "int8", "int4"]
-KernelForm: TypeAlias = Int8Tensor | Int4Tensor | None
+"""What weights can be made to be."""
+OwnPrecision: TypeAlias = WeightPrecision | Literal["float8"]
+"""What weights can be stored in."""
+KernelForm: TypeAlias = Int8Tensor | Int4Tensor | Float8Weight | None
 
 
 def pack_weight(weight: torch.Tensor | StoredWeight, precision: WeightPrecision) -> ops.PackedWeight:
@@ -21,11 +24,12 @@ def pack_weight(weight: torch.Tensor | StoredWeight, precision: WeightPrecision)
     return pack_weights([weight], precision)
 
 
-def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: WeightPrecision) -> ops.PackedWeight:
+def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: OwnPrecision) -> ops.PackedWeight:
     """Weights whose outputs lie side by side, packed as one.
 
     A weight that is stored in the precision asked for keeps its own values; others are dequantized and made anew.
-    Weights whose number of inputs no int4 group divides are packed in int8 instead.
+    Weights whose number of inputs no int4 group divides are packed in int8 instead, and float8 ones whose blocks do not
+    fit side by side in bfloat16.
     """
     forms = [None if isinstance(part, torch.Tensor) else part.kernel_form() for part in parts]
     if precision == "int4" and (int4 := _int4(parts, forms)) is not None:
@@ -35,12 +39,16 @@ def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: Weight
             form if isinstance(form, Int8Tensor) else quantize_int8(_floats(part))
             for part, form in zip(parts, forms, strict=True)
         ]
-        return ops.pack_int8_weight(_cat([x.values for x in int8]), _cat([x.scales for x in int8]))
+        return _pack_int8(int8)
+    if precision == "float8":
+        if (packed := _pack_float8(forms)) is not None:
+            return packed
+        precision = "bfloat16"
     dtype: torch.dtype = getattr(torch, precision)
     return ops.pack_linear_weight(_cat([_floats(part, dtype).to(dtype) for part in parts]))
 
 
-def own_precision(parts: Sequence[torch.Tensor | StoredWeight]) -> WeightPrecision:
+def own_precision(parts: Sequence[torch.Tensor | StoredWeight]) -> OwnPrecision:
     """What weights that are packed as one are kept in, if nothing else is asked for.
 
     Their own precision where they agree. Where they do not, or have no product, it is bfloat16, or float32 if a plain
@@ -52,12 +60,14 @@ def own_precision(parts: Sequence[torch.Tensor | StoredWeight]) -> WeightPrecisi
     return "float32" if "float32" in own else "bfloat16"
 
 
-def _precision_of(part: torch.Tensor | StoredWeight) -> WeightPrecision:
+def _precision_of(part: torch.Tensor | StoredWeight) -> OwnPrecision:
     if isinstance(part, torch.Tensor):
         return cast(WeightPrecision, str(part.dtype).removeprefix("torch."))
     form = part.kernel_form()
     if isinstance(form, Int4Tensor):
         return "int4"
+    if isinstance(form, Float8Weight):
+        return "float8"
     return "int8" if isinstance(form, Int8Tensor) else "bfloat16"
 
 
@@ -73,6 +83,32 @@ def _int4(parts: Sequence[torch.Tensor | StoredWeight], forms: list[KernelForm])
     size = min(tensor.group_size for tensor in found)
     found = [tensor.with_groups_of(size) for tensor in found]
     return Int4Tensor(_cat([x.values for x in found]), _cat([x.scales for x in found]), _cat([x.minima for x in found]))
+
+
+def _pack_int8(parts: list[Int8Tensor]) -> ops.PackedWeight:
+    """Inputs in int8 if all are made for them; a scale of their own only if all name the same."""
+    input_scales = {part.input_scale for part in parts}
+    return ops.pack_int8_weight(
+        _cat([part.values for part in parts]),
+        _cat([part.scales for part in parts]),
+        has_int8_inputs=all(part.has_int8_inputs for part in parts),
+        input_scale=input_scales.pop() if len(input_scales) == 1 else None,
+    )
+
+
+def _pack_float8(forms: list[KernelForm]) -> ops.PackedWeight | None:
+    """None if the parts' blocks differ, or a part that is not the last ends within one."""
+    parts = [form for form in forms if isinstance(form, Float8Weight)]
+    if len(parts) < len(forms):
+        return None
+    values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+    per_output = [scales for part in parts if (scales := part.output_scales()) is not None]
+    if len(per_output) == len(parts):
+        return ops.pack_float8_weight(values, torch.cat(per_output))
+    block = parts[0].block
+    if any(part.block != block for part in parts) or any(len(part.values) % block[0] for part in parts[:-1]):
+        return None
+    return ops.pack_float8_weight(values, torch.cat([part.scales for part in parts]), block)
 
 
 def _floats(part: torch.Tensor | StoredWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:

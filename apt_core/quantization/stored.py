@@ -13,6 +13,7 @@ import torch
 from apt_core.quantization.int4 import GROUP_SIZES, Int4Tensor
 from apt_core.quantization.int8 import Int8Tensor
 from apt_core.quantization.rows import by_rows
+from apt_kernels import ops
 
 
 class StoredWeight(Protocol):
@@ -25,7 +26,7 @@ class StoredWeight(Protocol):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Its values [out, in], computed in float32."""
 
-    def kernel_form(self) -> Int8Tensor | Int4Tensor | None:
+    def kernel_form(self) -> Int8Tensor | Int4Tensor | Float8Weight | None:
         """The same weight as a packed product takes it; None if there is no such product."""
 
 
@@ -53,11 +54,12 @@ class GroupedWeight:
         """See StoredWeight."""
         index = self.group_index
         if index is None:
-            index = torch.arange(self.shape[1]) // (self.shape[1] // self.scales.shape[1])
+            index = torch.arange(self.shape[1], device=self.codes.device) // (self.shape[1] // self.scales.shape[1])
         scales, zeros = self.scales.float(), self.zeros.float()
         return by_rows(
             self.shape,
             dtype,
+            self.codes.device,
             lambda rows: self.codes[rows].float().sub_(zeros[rows][:, index]).mul_(scales[rows][:, index]),
         )
 
@@ -107,13 +109,25 @@ class Float8Weight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See StoredWeight."""
-        row_blocks, column_blocks = (torch.arange(n) // size for n, size in zip(self.shape, self.block, strict=True))
+        row_blocks, column_blocks = (
+            torch.arange(n, device=self.values.device) // size for n, size in zip(self.shape, self.block, strict=True)
+        )
         return by_rows(
             self.shape,
             dtype,
+            self.values.device,
             lambda rows: self.values[rows].float().mul_(self.scales[row_blocks[rows]][:, column_blocks]),
         )
 
-    def kernel_form(self) -> None:
-        """See StoredWeight."""
-        return None
+    def kernel_form(self) -> Float8Weight | None:
+        """On a GPU as it is, if its scales cover whole tiles of inputs; a processor has no product."""
+        if not self.values.is_cuda or self.values.dtype != torch.float8_e4m3fn:
+            return None
+        num_columns = self.scales.shape[1]
+        return self if num_columns == 1 or self.block[1] % ops.FLOAT8_BLOCK_IN == 0 else None
+
+    def output_scales(self) -> torch.Tensor | None:
+        """[out], if no output has more than one scale."""
+        if self.scales.shape[1] > 1:
+            return None
+        return self.scales.squeeze(1).repeat_interleave(self.block[0])[: len(self.values)]

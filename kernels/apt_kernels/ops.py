@@ -28,6 +28,8 @@ if torch.version.cuda is not None:
     from apt_kernels.triton import activation as triton_activation
     from apt_kernels.triton import cross_entropy as triton_cross_entropy
     from apt_kernels.triton import norm as triton_norm
+    from apt_kernels.triton import packed as triton_packed
+    from apt_kernels.triton import sampling as triton_sampling
     from apt_kernels.triton import varlen_attention as triton_varlen_attention
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "fused_add_rms_norm",
     "has_product",
     "linear_cross_entropy",
+    "pack_float8_weight",
     "pack_int4_weight",
     "pack_int8_weight",
     "pack_linear_weight",
@@ -144,7 +147,9 @@ def rope_and_store_kv(
 
 INT4_GROUP_SIZES = (32, 64, 128)
 MAX_INT8_IN = 2**17
-"""Products of two int8 are at most 127 * 127: so many fit into an int32."""
+"""Products of two int8 are at most 127 * 128: so many fit into an int32."""
+FLOAT8_BLOCK_IN = 128
+"""Inputs that a product with float8 weights sums before it applies a block's scale."""
 
 
 def paged_attention(
@@ -259,6 +264,8 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     if _is_native(logits):
         out: torch.Tensor = torch.ops.apt_cpu.argmax(logits)
         return out
+    if _is_triton(logits):
+        return triton_sampling.argmax(_rows(logits))
     return reference.argmax(logits)
 
 
@@ -293,6 +300,9 @@ def sample(
     if _is_native(logits):
         out: torch.Tensor = torch.ops.apt_cpu.sample(logits, temperature, top_k, top_p, min_p, uniform)
         return out
+    if _is_triton(logits):
+        parameters = (temperature, top_k, top_p, min_p, uniform)
+        return triton_sampling.sample(_rows(logits), *(x.contiguous() for x in parameters))
     return reference.sample(logits, temperature, top_k, top_p, min_p, uniform)
 
 
@@ -310,6 +320,8 @@ def top_logprobs(
     if _is_native(logits):
         chosen, best, ids = torch.ops.apt_cpu.top_logprobs(logits, token_ids, num_top)
         return chosen, best, ids
+    if _is_triton(logits):
+        return triton_sampling.top_logprobs(_rows(logits), token_ids.contiguous(), num_top)
     return reference.top_logprobs(logits, token_ids, num_top)
 
 
@@ -328,9 +340,18 @@ def _is_native(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
 def _is_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether the Triton kernels serve: plain tensors of one dtype they know, on one of NVIDIA's GPUs."""
-    if torch.version.cuda is None or not x.is_cuda or x.dtype not in TRITON_DTYPES or type(x) is not torch.Tensor:
+    if not _is_on_gpu(x) or x.dtype not in TRITON_DTYPES or type(x) is not torch.Tensor:
         return False
     return all(other.dtype == x.dtype for other in others)
+
+
+def _is_on_gpu(x: torch.Tensor) -> bool:
+    return torch.version.cuda is not None and x.is_cuda
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [R, C] with what a row holds side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _has_native_cache(
@@ -349,13 +370,26 @@ def _has_native_cache(
 
 
 def pack_linear_weight(weight: torch.Tensor) -> PackedWeight:
-    """A weight [out, in] in the layout that `packed_linear` multiplies with, in its own precision."""
+    """A weight [out, in] in its own precision, in the layout that `packed_linear` multiplies with."""
     _require(weight.dim() == 2, "weight", f"must be [out, in], got {tuple(weight.shape)}")
-    return cpu_linear.pack(weight)
+    return cpu_linear.PlainWeight(weight) if _is_on_gpu(weight) else cpu_linear.pack(weight)
 
 
-def pack_int8_weight(weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
-    """int8 [out, in] with float32 scales [out], packed; see `reference.int8_linear`.
+def pack_int8_weight(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    has_int8_inputs: bool = False,
+    input_scale: float | None = None,
+) -> PackedWeight:
+    """int8 [out, in] with float32 scales [out], packed.
+
+    On a processor inputs become int8 in any case, in small groups: see `reference.int8_linear`. On a GPU they stay as
+    they are, for quality (`reference.weight_only_linear`), unless they are meant to be int8.
+
+    Args:
+        has_int8_inputs: whether the weight was made for inputs in int8, one scale a row: `reference.int8_row_linear`.
+        input_scale: the scale of every row of these; None gives each row its own.
 
     Raises:
         ValueError: a shape or dtype that does not fit; names the argument.
@@ -364,11 +398,16 @@ def pack_int8_weight(weight: torch.Tensor, scales: torch.Tensor) -> PackedWeight
     _require(weight.shape[1] <= MAX_INT8_IN, "weight", f"has {weight.shape[1]} inputs; sums hold {MAX_INT8_IN}")
     fits = scales.shape == weight.shape[:1] and scales.dtype == torch.float32
     _require(fits, "scales", "must be float32 [out]")
+    if _is_on_gpu(weight):
+        return triton_packed.pack_int8(weight, scales, has_int8_inputs=has_int8_inputs, input_scale=input_scale)
     return cpu_linear.pack_int8(weight, scales)
 
 
 def pack_int4_weight(weight: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor) -> PackedWeight:
-    """4-bit weights, packed: value = scale * weight + minimum; see `reference.int4_linear`.
+    """4-bit weights, packed: value = scale * weight + minimum.
+
+    On a processor inputs become int8 in the same groups: see `reference.int4_linear`. On a GPU they stay as they are:
+    see `reference.weight_only_linear`.
 
     Args:
         weight: uint8 in 0 .. 15 [out, in].
@@ -382,7 +421,35 @@ def pack_int4_weight(weight: torch.Tensor, scales: torch.Tensor, minima: torch.T
     _require(minima.shape == scales.shape, "minima", "must have the shape of scales")
     has_group_size = any(scales.shape[1] * size == weight.shape[1] for size in INT4_GROUP_SIZES)
     _require(has_group_size, "scales", f"must hold one per group of {INT4_GROUP_SIZES} of the {weight.shape[1]} inputs")
+    if _is_on_gpu(weight):
+        return triton_packed.pack_int4(weight, scales, minima)
     return cpu_linear.pack_int4(weight, scales, minima)
+
+
+def pack_float8_weight(
+    weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None = None
+) -> PackedWeight:
+    """float8 e4m3 [out, in] on a GPU, packed; see `reference.float8_linear`.
+
+    Inputs become float8, too, where the GPU multiplies it.
+
+    Args:
+        scales: float32, [out], or one per block.
+        block: outputs and inputs of a block, the latter a multiple of FLOAT8_BLOCK_IN; None with one scale per output.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; names the argument.
+    """
+    _require(_is_on_gpu(weight), "weight", f"must be on a CUDA device, not {weight.device}")
+    fits = weight.dim() == 2 and weight.dtype == torch.float8_e4m3fn
+    _require(fits, "weight", "must be float8_e4m3fn [out, in]")
+    num_out, num_in = weight.shape
+    shape: tuple[int, ...] = (num_out,)
+    if block is not None:
+        _require(block[1] % FLOAT8_BLOCK_IN == 0, "block", f"must hold a multiple of {FLOAT8_BLOCK_IN} inputs")
+        shape = (-(-num_out // block[0]), -(-num_in // block[1]))
+    _require(scales.shape == shape and scales.dtype == torch.float32, "scales", f"must be float32 {shape}")
+    return triton_packed.pack_float8(weight, scales, block)
 
 
 def packed_linear(
@@ -392,7 +459,7 @@ def packed_linear(
 
     Args:
         bias: [out] float32.
-        out_dtype: float32 or bfloat16; None takes x's.
+        out_dtype: float32, bfloat16 or float16; None takes x's.
 
     Raises:
         ValueError: shapes that do not fit together; names the argument.
@@ -401,7 +468,7 @@ def packed_linear(
     fits = bias is None or (bias.shape == (weight.out_features,) and bias.dtype == torch.float32)
     _require(fits, "bias", f"must be float32 [{weight.out_features}]")
     wanted = out_dtype or x.dtype
-    if x.dtype in NATIVE_DTYPES and wanted in NATIVE_DTYPES:
+    if _is_on_gpu(x) or (x.dtype in NATIVE_DTYPES and wanted in NATIVE_DTYPES):
         return weight.linear(x, bias, wanted)
     return weight.linear(x.float(), bias, torch.float32).to(wanted)
 

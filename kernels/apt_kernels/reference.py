@@ -222,6 +222,62 @@ def int4_linear(
     return (out if bias is None else out + bias).to(out_dtype)
 
 
+def weight_only_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Linear layer on a dequantized weight [out, in], with x [T, in] as it is; sums are float64, rounded once."""
+    out = x.double() @ weight.double().T
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+def int8_row_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    input_scale: float | None = None,
+) -> torch.Tensor:
+    """Linear layer on int8 weights [out, in], one scale [out] each, with x [T, in] in int8, one scale per row.
+
+    Args:
+        input_scale: of every row; what it does not reach is cut off. None gives each row its own.
+    """
+    if input_scale is None:
+        values, row_scales = (part.squeeze(1) for part in quantize_rows(x, x.shape[1]))
+    else:
+        scale = torch.tensor(input_scale, dtype=torch.float32, device=x.device)
+        values = (x.float() * scale.reciprocal()).clamp(-127, 127).round()
+        row_scales = torch.where(x.isfinite().all(1, keepdim=True), scale, torch.nan)
+    return weight_only_linear(
+        values.double() * row_scales, dequantize_int8(weight, scales, torch.float64), bias, out_dtype
+    )
+
+
+def float8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    block: tuple[int, int] | None,
+    quantizes_x: bool,
+) -> torch.Tensor:
+    """Linear layer on float8 e4m3 weights, see `dequantize_float8`, with x [T, in] in float8 as well or as it is.
+
+    Args:
+        block: None with one scale per output.
+        quantizes_x: whether x becomes float8 e4m3 too, the largest magnitude of each row at 448.
+    """
+    values = dequantize_float8(weight, scales, block or (1, weight.shape[1]), torch.float64)
+    if quantizes_x:
+        largest = x.float().abs().amax(1, keepdim=True)
+        inverse = torch.where(largest == 0, torch.zeros_like(largest), torch.full_like(largest, 448).div(largest))
+        x = (x.float() * inverse).clamp(-448, 448).to(torch.float8_e4m3fn).double() * (largest / 448)
+    return weight_only_linear(x, values, bias, out_dtype)
+
+
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """[R, V] -> [R] int64: the first of the largest logits; NaN is larger than everything else."""
     return logits.argmax(-1)
@@ -306,9 +362,9 @@ def quantize_rows(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch
     return (groups * inverse).round(), largest / 127
 
 
-def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """int8 [out, in] and scales [out] -> float32."""
-    return weight.float() * scales.unsqueeze(1)
+def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """int8 [out, in] and scales [out]: value = scale * weight."""
+    return weight.to(dtype) * scales.to(dtype).unsqueeze(1)
 
 
 def dequantize_int4(
@@ -321,6 +377,17 @@ def dequantize_int4(
     groups = weight.to(dtype).unflatten(1, (scales.shape[1], -1))
     values: torch.Tensor = groups * scales.to(dtype).unsqueeze(2) + minima.to(dtype).unsqueeze(2)
     return values.flatten(1)
+
+
+def dequantize_float8(
+    weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """float8 [out, in], one scale per block of outputs and inputs, the last blocks cut off: value = scale * weight."""
+    rows, columns = (
+        torch.arange(size, device=weight.device) // step for size, step in zip(weight.shape, block, strict=True)
+    )
+    per_weight = scales.reshape(-(-weight.shape[0] // block[0]), -1)[rows][:, columns]
+    return weight.to(dtype) * per_weight.to(dtype)
 
 
 def causal_mask(num_queries: int, context_len: int, window: int | None, device: torch.device) -> torch.Tensor:

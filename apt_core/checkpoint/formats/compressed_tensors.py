@@ -53,6 +53,9 @@ class Scheme:
     """Inputs that share a scale; None for all of them."""
     block: tuple[int, int] | None
     has_input_scale: bool
+    """Whether inputs have one and the same scale, which is stored."""
+    has_int8_inputs: bool
+    """Whether inputs are int8, without a zero point."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,9 @@ def _scheme(config: Document, group: Document) -> Scheme:
         group_size=group_size_of(weights, "group_size") if strategy == "group" else None,
         block=block_of(weights, "block_structure") if strategy == "block" else None,
         has_input_scale=inputs is not None and inputs.values.get("dynamic", False) is False,
+        has_int8_inputs=inputs is not None
+        and (inputs.integer("num_bits", 8), inputs.text("type", "int")) == (8, "int")
+        and inputs.boolean("symmetric", True),
     )
 
 
@@ -184,7 +190,10 @@ def _read_int8(module: StoredModule, scheme: Scheme) -> Int8Tensor | GroupedWeig
     values = module.matrix("weight", torch.int8)
     scales = _scales(module, scheme, values.shape)
     if scheme.is_symmetric and scales.shape[1] == 1:
-        return Int8Tensor(values, scales.float().squeeze(1))
+        input_scale = None
+        if scheme.has_int8_inputs and scheme.has_input_scale and (stored := module.scales("input_scale")).numel() == 1:
+            input_scale = float(stored)
+        return Int8Tensor(values, scales.float().squeeze(1), scheme.has_int8_inputs, input_scale)
     zeros = torch.zeros_like(scales, dtype=torch.int8)
     if not scheme.is_symmetric:
         zeros = module.tensor("weight_zero_point", torch.int8)

@@ -33,7 +33,10 @@ class PackedWeight(Protocol):
         """How many inputs it has."""
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-        """[T, in], float32 or bfloat16 -> [T, out] of out_dtype, the same two; bias [out] is float32."""
+        """[T, in], float32 or bfloat16 -> [T, out] of out_dtype, the same two; bias [out] is float32.
+
+        On a GPU float16 as well.
+        """
 
 
 @dataclass(frozen=True)
