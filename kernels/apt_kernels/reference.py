@@ -79,7 +79,7 @@ def store_kv(
 
 
 def dequantize_kv(cache: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Keys or values [..., D] in dtype, of an int8 cache with scales [...] or of FP8; those of any other as they are."""
+    """Keys or values [..., D] of int8, with scales [...], or of FP8 in dtype; those of any other dtype as they are."""
     if scales is None:
         return cache.to(dtype) if cache.dtype == FP8 else cache
     return (cache.float() * scales.unsqueeze(-1)).to(dtype)

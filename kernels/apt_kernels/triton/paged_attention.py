@@ -186,6 +186,7 @@ def _launch(
             HEAD_DIM=layer.head_dim,
             DIMS=dims,
             SEGMENTS=cut.num_segments,
+            enable_fp_fusion=True,
         )
 
 

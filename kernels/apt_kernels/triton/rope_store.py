@@ -73,10 +73,10 @@ def _quantize(first, second):
     """Each head as integers and a scale [HEADS], see `reference.quantize_rows`."""
     largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
     largest += tl.sum(first * 0.0, 1) + tl.sum(second * 0.0, 1)  # the maximum drops a NaN
-    inverse = tl.where(largest == 0.0, 0.0, tl.div_rn(tl.full(largest.shape, LARGEST_INT8, tl.float32), largest))
-    first = first * inverse[:, None] + TO_INTEGER - TO_INTEGER
-    second = second * inverse[:, None] + TO_INTEGER - TO_INTEGER
-    return first, second, tl.div_rn(largest, tl.full(largest.shape, LARGEST_INT8, tl.float32))
+    most = tl.full(largest.shape, LARGEST_INT8, tl.float32)
+    inverse = tl.div_rn(most, tl.where(largest == 0.0, 1.0, largest))[:, None]
+    first = first * inverse + TO_INTEGER - TO_INTEGER
+    return first, second * inverse + TO_INTEGER - TO_INTEGER, tl.div_rn(largest, most)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from apt_kernels.triton.launch import compilations
 from apt_kernels.triton.paged_attention_cut import Cut, Layer, Load, candidates, cut_launch, default_config, shape_class
 from tests.apt_kernels.triton.paged import FP8, SCALE, Paged
 
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu, id="bfloat16")  # the interpreter cannot multiply it
 DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, id="float16"), BFLOAT16]
 
@@ -23,7 +23,7 @@ MIXES = {
     "decodes of very different lengths": [(1, 3), (1, 64), (1, 65), (1, 150), (1, 17)],
     "whole prompts": [(7, 7), (33, 33)],
     "later chunks of prompts": [(5, 40), (9, 70)],
-    "decodes, chunks and prompts": [(1, 12), (1, 129), (4, 31), (1, 50), (37, 37), (6, 90)],
+    "decodes, chunks and prompts": [(1, 12), (1, 129), (4, 31), (1, 50), (19, 19), (6, 60)],
 }
 MIXED = MIXES["decodes, chunks and prompts"]
 
@@ -34,11 +34,18 @@ def assert_close(paged: Paged, out: torch.Tensor, **options: object) -> None:
 
 
 @pytest.mark.parametrize("num_segments", [1, 4])
-@pytest.mark.parametrize("window", [None, 1, 23])
+@pytest.mark.parametrize("window", [None, 23])
 @pytest.mark.parametrize("lengths", MIXES.values(), ids=MIXES.keys())
 def test_every_mix_equals_the_reference_whole_and_in_segments(device, lengths, window, num_segments):
     paged = Paged(lengths, device=device)
     assert_close(paged, paged.run(window, num_segments=num_segments), window=window)
+
+
+@pytest.mark.parametrize("window", [1, 16, 1000])
+def test_every_window_equals_the_reference(device, window):
+    """One key, exactly one tile, and more than any context has."""
+    paged = Paged([(1, 70), (1, 16), (18, 40)], device=device)
+    assert_close(paged, paged.run(window), window=window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,21 +79,23 @@ def test_a_cache_of_8_bits_is_read_in_every_dtype(device, dtype, cache_dtype, op
     assert_close(paged, paged.run(**options), window=options.get("window"))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # which is how tanh comes to 1
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("soft_cap", [0.5, 30.0])
 def test_scores_are_capped_as_by_the_reference(device, dtype, soft_cap):
-    paged = Paged(MIXED, device=device, dtype=dtype)
+    paged = Paged([(1, 70), (9, 40)], device=device, dtype=dtype)
     paged.query *= 8
     assert_close(paged, paged.run(soft_cap=soft_cap), soft_cap=soft_cap)
     assert_close(paged, paged.run(23, soft_cap, num_segments=2), soft_cap=soft_cap, window=23)
     assert not torch.allclose(paged.expected(), paged.expected(soft_cap=soft_cap), atol=0.1)
 
 
-def test_huge_scores_neither_overflow_nor_leave_the_cap(device):
-    paged = Paged(MIXED, device=device)
-    paged.query *= 1e4
-    assert_close(paged, paged.run())
-    assert_close(paged, paged.run(soft_cap=50.0), soft_cap=50.0)
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+@pytest.mark.parametrize("soft_cap", [None, 50.0])
+def test_huge_scores_do_not_overflow(device, soft_cap):
+    paged = Paged([(1, 40), (4, 31)], device=device)
+    paged.query *= 1e6
+    torch.testing.assert_close(paged.run(soft_cap=soft_cap), paged.expected(soft_cap=soft_cap), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("num_segments", [1, 4])
