@@ -200,6 +200,8 @@ class Attention(nn.Module):
             context_lens=metadata.context_lens,
             block_tables=metadata.block_tables,
             num_decodes=metadata.num_decodes,
+            max_seqlen_q=metadata.max_seqlen_q,
+            max_context_len=metadata.max_context_len,
             scale=self.scale,
             window=self.window,
             key_scales=cache.key_scales,

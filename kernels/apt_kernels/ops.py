@@ -29,6 +29,8 @@ if torch.version.cuda is not None:
     from apt_kernels.triton import cross_entropy as triton_cross_entropy
     from apt_kernels.triton import norm as triton_norm
     from apt_kernels.triton import packed as triton_packed
+    from apt_kernels.triton import paged_attention as triton_attention
+    from apt_kernels.triton import rope_store as triton_rope_store
     from apt_kernels.triton import sampling as triton_sampling
     from apt_kernels.triton import varlen_attention as triton_varlen_attention
 
@@ -133,6 +135,16 @@ def rope_and_store_kv(
     _require(qkv.dim() == 2 and qkv.shape[1] == width, "qkv", f"must be [T, {width}], got {tuple(qkv.shape)}")
     _check_caches(key_cache, value_cache, key_scales, value_scales)
     _require((query_weight is None) == (key_weight is None), "key_weight", "must be given if query_weight is")
+    if _is_triton(qkv) and not _wants_gradient(qkv):
+        return triton_rope_store.rope_and_store_kv(
+            *(qkv, cos, sin, key_cache, value_cache, slot_mapping),
+            num_heads=num_heads,
+            query_weight=query_weight,
+            key_weight=key_weight,
+            eps=eps,
+            key_scales=key_scales,
+            value_scales=value_scales,
+        )
     if _is_native(qkv) and _has_native_cache(qkv, key_cache, value_cache, key_scales, value_scales):
         out: torch.Tensor = torch.ops.apt_cpu.rope_and_store_kv(
             *(qkv, cos, sin, key_cache, value_cache, key_scales, value_scales, slot_mapping),
@@ -163,13 +175,18 @@ def paged_attention(
     num_decodes: int,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_context_len: int | None = None,
 ) -> torch.Tensor:
     """Causal attention over a paged KV cache; see `reference.paged_attention`.
 
     Args:
         num_decodes: how many leading sequences have exactly one query.
+        max_seqlen_q, max_context_len: bounds on the queries and the context of any sequence, by which a GPU's work is
+            cut; None takes the largest the tensors allow.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together; names the argument.
@@ -180,8 +197,31 @@ def paged_attention(
     _require(cu_seqlens_q.shape[0] == num_seqs + 1, "cu_seqlens_q", "must have one more entry than context_lens")
     _require(block_tables.shape[0] == num_seqs, "block_tables", "must have one row per sequence")
     _require(window is None or window > 0, "window", f"must be positive, got {window}")
-    can_tile = query.shape[2] % 16 == 0 and scale > 0
+    _require(soft_cap is None or soft_cap > 0, "soft_cap", f"must be positive, got {soft_cap}")
+    if _is_triton(query) and not _wants_gradient(query):
+        most_keys = block_tables.shape[1] * key_cache.shape[1]
+        return triton_attention.paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            cu_seqlens_q=cu_seqlens_q,
+            context_lens=context_lens,
+            block_tables=block_tables,
+            num_decodes=num_decodes,
+            max_seqlen_q=max(query.shape[0], 1) if max_seqlen_q is None else max_seqlen_q,
+            max_context_len=most_keys if max_context_len is None else max_context_len,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            key_scales=key_scales,
+            value_scales=value_scales,
+        )
     layout = (cu_seqlens_q, context_lens, block_tables)
+    if soft_cap is not None:
+        return reference.paged_attention(
+            query, key_cache, value_cache, *layout, scale, window, key_scales, value_scales, soft_cap
+        )
+    can_tile = query.shape[2] % 16 == 0 and scale > 0
     if can_tile and _is_native(query) and _has_native_cache(query, key_cache, value_cache, key_scales, value_scales):
         out: torch.Tensor = torch.ops.apt_cpu.paged_attention(
             query, key_cache, value_cache, key_scales, value_scales, *layout, scale, window
@@ -335,7 +375,7 @@ def _is_native(x: torch.Tensor, *others: torch.Tensor) -> bool:
     for other in others:
         if other.dtype != x.dtype:
             return False
-    return not torch.is_grad_enabled() or not (x.requires_grad or any(other.requires_grad for other in others))
+    return not _wants_gradient(x, *others)
 
 
 def _is_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -343,6 +383,10 @@ def _is_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
     if not _is_on_gpu(x) or x.dtype not in TRITON_DTYPES or type(x) is not torch.Tensor:
         return False
     return all(other.dtype == x.dtype for other in others)
+
+
+def _wants_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _is_on_gpu(x: torch.Tensor) -> bool:

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 
 INT8_INPUT_GROUP = 32
 """Inputs that share a scale in a product with int8 weights."""
+FP8 = torch.float8_e4m3fn
+"""The 8-bit float a KV cache may be in, without scales: a float carries its own, and one more would not make it finer.
+What needs numbers beyond 448 takes int8, which has scales and smaller errors; fp8 takes less work to read."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -53,6 +56,8 @@ def store_kv(
 ) -> None:
     """Write each token's key and value [T, K, D] into its slot of the caches [N, P, K, D]; slot -1 is skipped.
 
+    A cache in FP8 keeps the nearest number it has, of what lies beyond its range the largest.
+
     Args:
         key_scales, value_scales: float32 [N, P, K] of int8 caches: each token's head is its scale times its integers,
             the largest magnitude at 127.
@@ -62,7 +67,10 @@ def store_kv(
         slot_mapping, key, value = slot_mapping[is_stored], key[is_stored], value[is_stored]
     places = (slot_mapping // key_cache.shape[1], slot_mapping % key_cache.shape[1])
     for x, cache, scales in ((key, key_cache, key_scales), (value, value_cache, value_scales)):
-        if scales is None:
+        if cache.dtype == FP8:
+            largest = torch.finfo(FP8).max
+            cache[places] = x.clamp(-largest, largest).to(FP8)
+        elif scales is None:
             cache[places] = x
         else:
             integers, x_scales = quantize_rows(x.flatten(0, 1), x.shape[2])
@@ -71,8 +79,10 @@ def store_kv(
 
 
 def dequantize_kv(cache: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """Keys or values [..., D] of an int8 cache with scales [...], in dtype; those of any other cache as they are."""
-    return cache if scales is None else (cache.float() * scales.unsqueeze(-1)).to(dtype)
+    """Keys or values [..., D] of int8, with scales [...], or of FP8 in dtype; those of any other dtype as they are."""
+    if scales is None:
+        return cache.to(dtype) if cache.dtype == FP8 else cache
+    return (cache.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def rope_and_store_kv(
@@ -121,6 +131,7 @@ def paged_attention(
     window: int | None,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention of packed queries over a paged KV cache, prefill and decode mixed.
 
@@ -132,6 +143,7 @@ def paged_attention(
         cu_seqlens_q: [B+1] int32. context_lens: [B] int32. block_tables: [B, max_blocks] int32.
         scale: multiplies the scores. window: a query sees at most this many keys, itself included.
         key_scales, value_scales: of int8 caches, see `store_kv`.
+        soft_cap: scaled scores become soft_cap * tanh(score / soft_cap) (Gemma 2, arXiv 2408.00118).
 
     Returns:
         [T, H, D].
@@ -147,7 +159,7 @@ def paged_attention(
         )
         keys, values = (x.flatten(0, 1)[:context_len] for x in (keys, values))
         rows = slice(starts[b], starts[b + 1])
-        out[rows] = _attend(query[rows], keys, values, scale, window)
+        out[rows] = _attend(query[rows], keys, values, scale, window, soft_cap)
     return out
 
 
@@ -398,11 +410,20 @@ def causal_mask(num_queries: int, context_len: int, window: int | None, device: 
     return mask if window is None else mask & (k_pos > q_pos - window)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
     """One sequence: q [t, H, D] over k, v [L, K, D]; scores and softmax in at least float32."""
     group = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = (x.repeat_interleave(group, dim=1).to(wide) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.to(wide), k) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     scores = scores.masked_fill(~causal_mask(q.shape[0], k.shape[0], window, q.device), float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
