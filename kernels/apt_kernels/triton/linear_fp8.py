@@ -129,5 +129,4 @@ def linear(
 
 
 def _default_config(num_rows: int, num_out: int, num_in: int, device: torch.device) -> Config:
-    config = linear_tile.default_config(num_rows, num_out, num_in, device, BLOCK_K)
-    return Config({**config.blocks, "BLOCK_K": BLOCK_K}, num_warps=config.num_warps, num_stages=config.num_stages)
+    return linear_tile.default_config(num_rows, num_out, num_in, device, decode_k=BLOCK_K, many_k=BLOCK_K)

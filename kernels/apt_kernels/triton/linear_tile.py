@@ -210,6 +210,16 @@ def check(
     require_device(x=x, bias=bias, **others)
 
 
+def num_inputs(x: torch.Tensor) -> int:
+    """Of a matrix.
+
+    Raises:
+        ValueError: it is none.
+    """
+    require(x.dim() == 2, "x", f"must be [T, in], got {tuple(x.shape)}")
+    return x.shape[1]
+
+
 def require_scales(scales: torch.Tensor, num_out: int) -> None:
     """One float32 per output.
 
@@ -230,14 +240,16 @@ def shape_class(num_rows: int, num_out: int, num_in: int) -> str:
     return f"{num_out}x{num_in}-{row_class(num_rows)}"
 
 
-def default_config(num_rows: int, num_out: int, num_in: int, device: torch.device, block_k: int = 128) -> Config:
-    """For a device nobody has measured."""
+def default_config(
+    num_rows: int, num_out: int, num_in: int, device: torch.device, *, decode_k: int = 128, many_k: int = 64
+) -> Config:
+    """For a device nobody has measured; inputs of a tile for a decoding step, and for more rows."""
     if num_rows > DECODE_ROWS:
         block, num_warps = (64, 4) if num_rows <= ROW_CLASSES[1] else (128, 8)
-        blocks = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": min(block_k, 64), "SPLIT_K": 1}
+        blocks = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_K": many_k, "SPLIT_K": 1}
         return Config(blocks, num_warps=num_warps, num_stages=3)
-    splits = num_splits(triton.cdiv(num_out, 64), triton.cdiv(num_in, block_k), num_processors(device))
-    return Config({"BLOCK_M": DECODE_ROWS, "BLOCK_N": 64, "BLOCK_K": block_k, "SPLIT_K": splits}, num_stages=4)
+    splits = num_splits(triton.cdiv(num_out, 64), triton.cdiv(num_in, decode_k), num_processors(device))
+    return Config({"BLOCK_M": DECODE_ROWS, "BLOCK_N": 64, "BLOCK_K": decode_k, "SPLIT_K": splits}, num_stages=4)
 
 
 def num_splits(num_tiles: int, num_steps: int, processors: int) -> int:

@@ -1,12 +1,8 @@
 """x in 16 bits (or 32) times 4-bit weights: value = scale * code + minimum, scale and minimum of the code's group.
 
-Layout: inputs come in blocks of 256, and a block of an output is 32 words of 32 bits, one after the other. Four bits
-`i` of word `j` hold the code of input `32 i + j`. So one shift and one mask turn a tile of words [outputs, 32] into
-the codes of 32 consecutive inputs, each in the lane and register where its word was: no value moves between threads,
-and as groups are multiples of 32 inputs, such a tile has one scale per output. Inputs are filled up to whole blocks
-with groups whose scale and minimum are 0.
-
-A weight is dequantized in float32 and rounded once, to x's dtype.
+Codes lie in words (linear_words.py), where a shift and a mask unpack two of them at once: with the bits of 128 above, a
+code is the bfloat16 128 + code, and this is the upper half of the same float32. A weight is dequantized in float32 and
+rounded once, to x's dtype.
 """
 
 from __future__ import annotations
@@ -16,17 +12,15 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from apt_kernels.triton import linear_tile
+from apt_kernels.triton import linear_tile, linear_words
 from apt_kernels.triton.launch import require
 from apt_kernels.triton.linear_tile import Epilogue, load_rows, split_range, store_tile, tile_origin
+from apt_kernels.triton.linear_words import WORDS, load_words
 from apt_kernels.triton.tuning import Config
 
 OP = "linear_w4a16"
 GROUP_SIZES = (32, 64, 128)
-CODES = tl.constexpr(8)
-"""In a word."""
-WORDS = tl.constexpr(32)
-"""In a block."""
+BITS = tl.constexpr(4)
 BLOCK = 256
 """Inputs in a block."""
 
@@ -58,37 +52,27 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    tl.static_assert(BLOCK_K == CODES * WORDS)
+    tl.static_assert(BLOCK_K == 256)
     first_row, first_out = tile_origin(num_rows, num_out, BLOCK_M, BLOCK_N)
     first_in, last_in = split_range(num_in, BLOCK_K, SPLIT_K)
     rows = first_row + tl.arange(0, BLOCK_M)
     outs = first_out + tl.arange(0, BLOCK_N)
     is_out = outs < num_out
     lane = tl.arange(0, WORDS)
-    row_of_words = words + outs.to(tl.int64) * (tl.cdiv(num_in, BLOCK_K) * WORDS)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(first_in, last_in, BLOCK_K):
-        tile = tl.load(row_of_words[:, None] + k // CODES + lane[None, :], mask=is_out[:, None], other=0)
-        for i in tl.static_range(CODES):
+        tile = load_words(words, outs, k, num_out, num_in, BITS)
+        for slot in tl.static_range(8):
             # Written so that slots of one group have one and the same load.
-            group = k // GROUP_SIZE + i * WORDS // GROUP_SIZE
-            place = group * num_out + outs
+            place = (k // GROUP_SIZE + slot * WORDS // GROUP_SIZE) * num_out + outs
             scale = tl.load(scales + place, mask=is_out, other=0).to(tl.float32)[:, None]
             minimum = tl.load(minima + place, mask=is_out, other=0).to(tl.float32)[:, None]
-            x_tile = load_rows(x, rows, lane + k + i * WORDS, num_rows, num_in, x_stride)
-            values = ((tile >> (4 * i)) & 15).to(tl.float32) * scale + minimum
+            x_tile = load_rows(x, rows, lane + k + slot * WORDS, num_rows, num_in, x_stride)
+            pair = ((tile >> (4 * (slot // 2))) & 0x000F000F) | 0x43004300
+            bits = pair << 16 if slot % 2 == 0 else pair & -65536
+            values = bits.to(tl.float32, bitcast=True) * scale + (minimum - 128 * scale)
             acc = tl.dot(values.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
     store_tile(acc, out, row_scales, out_scales, bias, first_row, first_out, num_rows, num_out, SPLIT_K)
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """uint8 in 0 .. 15 [out, in] -> int32 [out, words], in the layout above."""
-    num_out, num_in = weight.shape
-    codes = F.pad(weight, (0, -num_in % BLOCK)).view(num_out, -1, CODES.value, WORDS.value)
-    words = torch.zeros_like(codes[:, :, 0], dtype=torch.int32)
-    for i in range(CODES.value):
-        words |= codes[:, :, i].to(torch.int32) << (4 * i)
-    return words.flatten(1)
 
 
 def pack_factors(factors: torch.Tensor, num_in: int) -> torch.Tensor:
@@ -111,19 +95,18 @@ def linear(
 
     Args:
         x: float32, float16 or bfloat16; rows may lie apart.
-        words: of `pack`. scales, minima: of `pack_factors`. group_size: 32, 64 or 128. bias: float32 [out].
+        words: codes [out, in] as `linear_words.pack` has them. scales, minima: of `pack_factors`.
+        group_size: 32, 64 or 128. bias: float32 [out].
 
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
     require(group_size in GROUP_SIZES, "group_size", f"must be one of {GROUP_SIZES}, got {group_size}")
-    require(words.dim() == 2 and words.dtype == torch.int32, "words", "must be int32 [out, words]")
-    num_out, num_in = words.shape[0], x.shape[1]
-    num_blocks = triton.cdiv(num_in, BLOCK)
-    fits = words.shape[1] == num_blocks * WORDS.value and words.is_contiguous()
-    require(fits, "words", f"must be those of {num_in} inputs, and contiguous")
+    num_out, num_in = len(words), linear_tile.num_inputs(x)
+    linear_words.require_words(words, num_in, BITS.value)
+    num_groups = triton.cdiv(num_in, BLOCK) * BLOCK // group_size
     for name, factors in (("scales", scales), ("minima", minima)):
-        fits = factors.shape == (num_blocks * BLOCK // group_size, num_out) and factors.dtype == torch.float16
+        fits = factors.shape == (num_groups, num_out) and factors.dtype == torch.float16
         require(fits and factors.is_contiguous(), name, "must be those of pack_factors")
     linear_tile.check(x, num_out, num_in, bias, out_dtype, words=words, scales=scales, minima=minima)
     shape = (x.shape[0], num_out, num_in)
@@ -134,8 +117,8 @@ def linear(
 
 
 def _default_config(num_rows: int, num_out: int, num_in: int, device: torch.device) -> Config:
-    config = linear_tile.default_config(num_rows, num_out, num_in, device, block_k=BLOCK)
+    config = linear_tile.default_config(num_rows, num_out, num_in, device, decode_k=BLOCK, many_k=BLOCK)
     if num_rows <= linear_tile.DECODE_ROWS:
         return config
     # Whole blocks of inputs are large tiles: fewer rows and stages leave them room.
-    return Config({**config.blocks, "BLOCK_M": 64, "BLOCK_K": BLOCK}, num_warps=config.num_warps, num_stages=2)
+    return Config({**config.blocks, "BLOCK_M": 64}, num_warps=config.num_warps, num_stages=2)

@@ -2,7 +2,7 @@
 
 A weight becomes x's dtype in registers, which loses nothing: all int8 values are exact in bfloat16. So this is the
 product of choice for int8 weights on a GPU: nothing but the weights is rounded, and a decoding step reads half of what
-it reads in bfloat16.
+it reads in bfloat16. They lie in words (linear_words.py): bytes one after the other take twice the instructions.
 """
 
 from __future__ import annotations
@@ -11,21 +11,29 @@ import torch
 import triton
 import triton.language as tl
 
-from apt_kernels.triton import linear_tile
-from apt_kernels.triton.launch import require
-from apt_kernels.triton.linear_tile import Epilogue, load_rows, load_weight, split_range, store_tile, tile_origin
+from apt_kernels.triton import linear_tile, linear_words
+from apt_kernels.triton.linear_tile import Epilogue, load_rows, split_range, store_tile, tile_origin
+from apt_kernels.triton.linear_words import WORDS, load_words
+from apt_kernels.triton.tuning import Config
 
 OP = "linear_w8a16"
+BITS = tl.constexpr(8)
+BLOCK = 128
+"""Inputs in a block."""
 
-candidates = linear_tile.candidates
 shape_class = linear_tile.shape_class
+
+
+def candidates(num_rows: int) -> list[Config]:
+    """Configurations worth measuring."""
+    return linear_tile.candidates(num_rows, block_ks=(BLOCK, 2 * BLOCK))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x,
     x_stride,
-    weight,
+    words,
     out,
     row_scales,
     out_scales,
@@ -42,33 +50,39 @@ def _linear_kernel(
     first_in, last_in = split_range(num_in, BLOCK_K, SPLIT_K)
     rows = first_row + tl.arange(0, BLOCK_M)
     outs = first_out + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, WORDS)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(first_in, last_in, BLOCK_K):
-        inputs = k + tl.arange(0, BLOCK_K)
-        x_tile = load_rows(x, rows, inputs, num_rows, num_in, x_stride)
-        weight_tile = load_weight(weight, outs, inputs, num_out, num_in).to(x_tile.dtype)
-        acc = tl.dot(weight_tile, x_tile, acc, input_precision="ieee")
+        for block in tl.static_range(0, BLOCK_K, 128):
+            tile = load_words(words, outs, k + block, num_out, num_in, BITS)
+            for slot in tl.static_range(4):
+                x_tile = load_rows(x, rows, lane + k + (block + slot * WORDS), num_rows, num_in, x_stride)
+                values = (tile >> (8 * (slot // 2) + 16 * (slot % 2))).to(tl.int8)
+                acc = tl.dot(values.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
     store_tile(acc, out, row_scales, out_scales, bias, first_row, first_out, num_rows, num_out, SPLIT_K)
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """[T, in] -> [T, out]: `reference.weight_only_linear` of the dequantized weight.
+    """[T, in] -> [T, out]: `reference.weight_only_linear` of `reference.dequantize_int8`.
 
     Args:
         x: float32, float16 or bfloat16; rows may lie apart.
-        weight: int8 [out, in]. scales: float32 [out]. bias: float32 [out].
+        words: int8 weights [out, in] as `linear_words.pack` has them. scales: float32 [out]. bias: float32 [out].
 
     Raises:
         ValueError: a shape, dtype, stride or device that does not fit; names the argument.
     """
-    require(weight.dim() == 2 and weight.dtype == torch.int8, "weight", "must be int8 [out, in]")
-    require(weight.is_contiguous(), "weight", "must be contiguous")
-    num_out, num_in = weight.shape
-    linear_tile.check(x, num_out, num_in, bias, out_dtype, weight=weight, scales=scales)
+    num_out, num_in = len(words), linear_tile.num_inputs(x)
+    linear_words.require_words(words, num_in, BITS.value)
+    linear_tile.check(x, num_out, num_in, bias, out_dtype, words=words, scales=scales)
     linear_tile.require_scales(scales, num_out)
     shape = (x.shape[0], num_out, num_in)
-    config = linear_tile.choose(OP, *shape, x.device, linear_tile.default_config)
+    config = linear_tile.choose(OP, *shape, x.device, _default_config)
     epilogue = Epilogue(out_dtype, bias, out_scales=scales)
-    return linear_tile.run(_linear_kernel, (x, x.stride(0), weight), shape, x.device, epilogue, config)
+    return linear_tile.run(_linear_kernel, (x, x.stride(0), words), shape, x.device, epilogue, config)
+
+
+def _default_config(num_rows: int, num_out: int, num_in: int, device: torch.device) -> Config:
+    return linear_tile.default_config(num_rows, num_out, num_in, device, decode_k=2 * BLOCK, many_k=BLOCK)

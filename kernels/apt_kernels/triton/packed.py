@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from apt_kernels.triton import linear_fp8, linear_w4a16, linear_w8a8, linear_w8a16
+from apt_kernels.triton import linear_fp8, linear_w4a16, linear_w8a8, linear_w8a16, linear_words
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class W8A16Weight:
     """int8 with one scale per output, x as it is; see `linear_w8a16`."""
 
     data: torch.Tensor
-    """[out, in] int8."""
+    """[out, words] int32."""
     scales: torch.Tensor
     """[out] float32."""
     out_features: int
@@ -91,17 +91,16 @@ def pack_int8(
     weight: torch.Tensor, scales: torch.Tensor, *, has_int8_inputs: bool, input_scale: float | None
 ) -> W8A16Weight | W8A8Weight:
     """int8 [out, in] with float32 scales [out]."""
-    weight, scales = weight.contiguous(), scales.contiguous()
     if has_int8_inputs:
-        return W8A8Weight(weight, scales, input_scale, *weight.shape)
-    return W8A16Weight(weight, scales, *weight.shape)
+        return W8A8Weight(weight.contiguous(), scales.contiguous(), input_scale, *weight.shape)
+    return W8A16Weight(linear_words.pack(weight, num_bits=8), scales.contiguous(), *weight.shape)
 
 
 def pack_int4(weight: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor) -> W4A16Weight:
     """uint8 in 0 .. 15 [out, in], scales and minima [out, in / group_size]."""
     num_in = weight.shape[1]
     factors = (linear_w4a16.pack_factors(x, num_in) for x in (scales, minima))
-    return W4A16Weight(linear_w4a16.pack(weight), *factors, num_in // scales.shape[1], *weight.shape)
+    return W4A16Weight(linear_words.pack(weight, num_bits=4), *factors, num_in // scales.shape[1], *weight.shape)
 
 
 def pack_float8(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> Fp8Weight:

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from apt_core.quantization import GroupedWeight, own_precision, pack_weight, pack_weights, quantize_int4, quantize_int8
+from apt_core.quantization import (
+    Float8Weight,
+    GroupedWeight,
+    own_precision,
+    pack_weight,
+    pack_weights,
+    quantize_int4,
+    quantize_int8,
+)
 from apt_core.quantization.int4 import Int4Tensor
 from apt_core.quantization.int8 import Int8Tensor
 from apt_kernels import ops
@@ -87,3 +95,65 @@ def test_groups_of_different_sizes_take_the_smallest():
 )
 def test_the_precision_of_parts_side_by_side(parts, precision):
     assert own_precision(parts) == precision
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ([(True, 0.5), (True, 0.5)], (True, 0.5)),
+        ([(True, 0.5), (True, 0.25)], (True, None)),
+        ([(True, None), (True, None)], (True, None)),
+        ([(True, 0.5), (False, None)], (False, None)),
+        ([(False, None)], (False, None)),
+    ],
+)
+def test_inputs_are_int8_where_all_parts_were_made_for_it(inputs, expected, monkeypatch):
+    given = {}
+    monkeypatch.setattr(ops, "pack_int8_weight", lambda *args, **kwargs: given.update(kwargs))
+    values, scales = torch.zeros(4, 64, dtype=torch.int8), torch.ones(4)
+    pack_weights([Int8Tensor(values, scales, *each) for each in inputs], "int8")
+    assert (given["has_int8_inputs"], given["input_scale"]) == expected
+
+
+class TestFloat8:
+    """What a GPU's product is given; a processor has none."""
+
+    @pytest.fixture(autouse=True)
+    def given(self, monkeypatch):
+        given = []
+        monkeypatch.setattr(Float8Weight, "kernel_form", lambda self: self)
+        monkeypatch.setattr(ops, "pack_float8_weight", lambda *args: given.append(args) or given[-1])
+        return given
+
+    @staticmethod
+    def weight(num_out, block, num_in=256):
+        torch.manual_seed(num_out)
+        values = torch.randn(num_out, num_in).to(torch.float8_e4m3fn)
+        return Float8Weight(values, torch.rand(-(-num_out // block[0]), -(-num_in // block[1])), block)
+
+    @pytest.mark.parametrize("blocks", [[(300, 256), (20, 256)], [(1, 256), (1, 256)], [(300, 256), (1, 256)]])
+    def test_scales_of_whole_rows_become_one_per_output(self, blocks):
+        parts = [self.weight(300, blocks[0]), self.weight(20, blocks[1])]
+        assert own_precision(parts) == "float8"
+        values, scales = pack_weights(parts, "float8")
+        expected = torch.cat([part.dequantize() for part in parts])
+        assert torch.equal(values.float() * scales.unsqueeze(1), expected)
+
+    def test_blocks_are_kept_where_parts_end_between_them(self):
+        parts = [self.weight(256, (128, 128)), self.weight(100, (128, 128))]
+        assert torch.equal(
+            Float8Weight(*pack_weights(parts, "float8")).dequantize(), torch.cat([p.dequantize() for p in parts])
+        )
+
+    @pytest.mark.parametrize("parts", [[(100, (128, 128)), (128, (128, 128))], [(128, (128, 128)), (128, (64, 128))]])
+    def test_other_blocks_are_dequantized(self, parts, given):
+        weights = [self.weight(*part) for part in parts]
+        packed, x = pack_weights(weights, "float8"), torch.randn(3, 256)
+        assert not given
+        expected = x @ torch.cat([weight.dequantize() for weight in weights]).T
+        assert (ops.packed_linear(x, packed) - expected).norm() / expected.norm() < 0.01
+
+
+def test_a_processor_has_no_product_for_float8():
+    weight = TestFloat8.weight(4, (1, 256))
+    assert weight.kernel_form() is None and own_precision([weight]) == "bfloat16"

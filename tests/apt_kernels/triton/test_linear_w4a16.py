@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apt_kernels import reference
-from apt_kernels.triton import linear_tile, linear_w4a16
+from apt_kernels.triton import linear_tile, linear_w4a16, linear_words
 from tests.apt_kernels.triton.linear_cases import (
     DEVICE,
     DTYPES,
@@ -33,7 +33,7 @@ class Case:
         self.scales = (torch.rand(shape, generator=generator) * 0.02 + 0.001).half().to(DEVICE)
         self.minima = (torch.randn(shape, generator=generator) * 0.1).half().to(DEVICE)
         self.group_size = group_size
-        self.words = linear_w4a16.pack(self.codes)
+        self.words = linear_words.pack(self.codes, 4)
         self.factors = [linear_w4a16.pack_factors(x, num_in) for x in (self.scales, self.minima)]
 
     def linear(self, x, bias=None, out_dtype=torch.float32):
@@ -66,24 +66,13 @@ def test_sums_may_be_split(splits, out_dtype, monkeypatch):
     assert torch.equal(case.linear(x, bias, out_dtype), case.linear(x, bias, out_dtype))
 
 
-def test_each_code_lies_where_the_layout_says():
-    codes = torch.randint(0, 16, (3, 600), dtype=torch.uint8)
-    words = linear_w4a16.pack(codes)
-    assert words.shape == (3, 96) and words.is_contiguous()
-    for index in (0, 1, 31, 32, 255, 256, 512 + 87, 599):
-        block, place = divmod(index, 256)
-        i, j = divmod(place, 32)
-        assert torch.equal((words[:, block * 32 + j] >> (4 * i)) & 15, codes[:, index].int())
-    assert not (words[:, 64:] >> 12 & 15).any(), "inputs beyond the last are 0"
-
-
 def test_the_values_are_those_of_a_q4_0_block():
     """GGUF's simplest form: scale * (code - 8), the minimum being -8 scales."""
     codes = torch.arange(32, dtype=torch.uint8).remainder(16).unsqueeze(0).to(DEVICE)
     scales = torch.tensor([[0.5]], device=DEVICE)
     factors = [linear_w4a16.pack_factors(x, 32) for x in (scales, -8 * scales)]
     one_hot = torch.eye(32, device=DEVICE, dtype=torch.float16)
-    out = linear_w4a16.linear(one_hot, linear_w4a16.pack(codes), *factors, 32, None, torch.float32)
+    out = linear_w4a16.linear(one_hot, linear_words.pack(codes, 4), *factors, 32, None, torch.float32)
     assert out.squeeze(1).tolist() == [0.5 * (code - 8) for code in codes[0].tolist()]
 
 
@@ -106,7 +95,7 @@ def test_arguments_that_do_not_fit_are_named():
         ({"group_size": 48}, "group_size must be one of"),
         ({"group_size": 64}, "scales must be those of pack_factors"),
         ({"words": case.words.long()}, "words must be int32"),
-        ({"words": case.words[:, :-1]}, "words must be those of 192 inputs"),
+        ({"words": case.words[:, :-1]}, "words must be those of 192 inputs in 4 bits"),
         ({"scales": scales.float()}, "scales must be"),
         ({"minima": minima[:-1]}, "minima must be"),
         ({"x": x.double()}, "x must be float32, float16"),

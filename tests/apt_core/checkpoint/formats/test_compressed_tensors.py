@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from apt_core.checkpoint import open_checkpoint
 from apt_core.errors import CheckpointError
+from apt_core.quantization import Int8Tensor
 from apt_kernels.cpu import native
 from tests.apt_core.checkpoint.quantized import (
     Layer,
@@ -184,6 +185,9 @@ def test_static_input_scales_are_read_and_not_needed(tmp_path: Path) -> None:
     extra |= {f"{name}.input_zero_point": torch.tensor([3], dtype=torch.int8) for name in names}
     saved.edit(lambda tensors: tensors.update(extra))
     assert_exact_in_float32(saved)
+
+    found = {name: weight for name, weight in open_checkpoint(saved.folder).weights() if isinstance(weight, Int8Tensor)}
+    assert found and all(w.has_int8_inputs and w.input_scale == pytest.approx(0.02) for w in found.values())
 
     saved.edit(lambda tensors: tensors.update({f"{PART}.input_scale": torch.tensor([0.0])}))
     with pytest.raises(CheckpointError, match="positive") as caught:
