@@ -104,21 +104,21 @@ def default_config(layer: Layer, max_seqlen_q: int) -> Config:
 def candidates(layer: Layer, max_seqlen_q: int) -> list[Config]:
     """Worth measuring for a class; some may need more shared memory than a device has."""
     rows = _num_rows(layer, max_seqlen_q)
-    if rows <= MAX_DECODE_ROWS:
+    is_decode = rows <= MAX_DECODE_ROWS
+    if is_decode:
         heights = {rows, DECODE_ROWS_8BIT if layer.cache_dtype.itemsize == 1 else rows}
-        warps, stages = (2, 4, 8), (2, 3, 4, 5)
     else:
         heights = {rows, max(rows // 2, _num_rows(layer, 1))}
-        warps, stages = (4, 8), (2, 3, 4)
     return [
         Config({"ROWS": height, "TILE": tile}, num_warps, num_stages)
         for height in sorted(heights)
         for tile in (32, 64, 128)
-        for num_warps in warps
-        for num_stages in stages
+        for num_warps in ((2, 4, 8) if is_decode else (4, 8))
+        for num_stages in ((2, 3, 4, 5) if is_decode else (2, 3, 4))
     ]
 
 
 def _num_rows(layer: Layer, max_seqlen_q: int) -> int:
     """Of a tile that holds all queries of a sequence times the heads that share a kv head, as far as they fit."""
-    return min(max(triton.next_power_of_2(max_seqlen_q * layer.group), MIN_ROWS), MAX_ROWS)
+    wanted: int = triton.next_power_of_2(max_seqlen_q * layer.group)
+    return min(max(wanted, MIN_ROWS), MAX_ROWS)

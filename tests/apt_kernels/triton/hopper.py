@@ -1,7 +1,7 @@
-"""`python tests/apt_kernels/triton/hopper.py`: compile what some launches would run on a Hopper GPU, without one, and print what came out.
+"""Compile what some launches would run on a Hopper GPU, without one, and print what came out.
 
 The interpreter runs much that the compiler refuses, and says nothing of shared memory or of the instructions chosen.
-Triton must not be interpreting, so this is a process of its own.
+Triton must not be interpreting, so this is a process of its own: `TRITON_INTERPRET=0 python hopper.py`.
 """
 
 from __future__ import annotations
