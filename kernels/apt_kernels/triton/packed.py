@@ -99,8 +99,9 @@ def pack_int8(
 def pack_int4(weight: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor) -> W4A16Weight:
     """uint8 in 0 .. 15 [out, in], scales and minima [out, in / group_size]."""
     num_in = weight.shape[1]
-    factors = (linear_w4a16.pack_factors(x, num_in) for x in (scales, minima))
-    return W4A16Weight(linear_words.pack(weight, num_bits=4), *factors, num_in // scales.shape[1], *weight.shape)
+    group_size = num_in // scales.shape[1]
+    scales, minima = (linear_w4a16.pack_factors(x, num_in) for x in (scales, minima))
+    return W4A16Weight(linear_words.pack(weight, num_bits=4), scales, minima, group_size, *weight.shape)
 
 
 def pack_float8(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> Fp8Weight:

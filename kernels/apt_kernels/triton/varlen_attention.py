@@ -168,7 +168,7 @@ def varlen_attention(
         ValueError: an argument the kernels cannot run; names it.
     """
     check_arguments(query, key, value, cu_seqlens, window)
-    out, _ = _attention(query, key, value, cu_seqlens, scale, window or 0)
+    out: torch.Tensor = _attention(query, key, value, cu_seqlens, scale, window or 0)[0]
     return out
 
 
