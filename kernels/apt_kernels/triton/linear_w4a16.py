@@ -64,7 +64,7 @@ def _linear_kernel(
         tile = load_words(words, outs, k, num_out, num_in, BITS)
         for slot in tl.static_range(8):
             # Written so that slots of one group have one and the same load.
-            place = (k // GROUP_SIZE + slot * WORDS // GROUP_SIZE) * num_out + outs
+            place = outs + (k // GROUP_SIZE + slot * WORDS // GROUP_SIZE) * num_out
             scale = tl.load(scales + place, mask=is_out, other=0).to(tl.float32)[:, None]
             minimum = tl.load(minima + place, mask=is_out, other=0).to(tl.float32)[:, None]
             x_tile = load_rows(x, rows, lane + k + slot * WORDS, num_rows, num_in, x_stride)

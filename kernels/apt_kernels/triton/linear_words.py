@@ -25,7 +25,7 @@ WORDS = tl.constexpr(32)
 def load_words(words, outs, k, num_out, num_in, BITS: tl.constexpr):
     """The words [outputs, 32] of the block that begins with input k."""
     stride = tl.cdiv(num_in, WORDS * 32 // BITS) * WORDS
-    place = outs.to(tl.int64)[:, None] * stride + (k // (32 // BITS) + tl.arange(0, WORDS))[None, :]
+    place = outs.to(tl.int64)[:, None] * stride + (tl.arange(0, WORDS) + k // (32 // BITS))[None, :]
     return tl.load(words + place, mask=(outs < num_out)[:, None], other=0)
 
 

@@ -85,7 +85,7 @@ def assert_equals_twin(logits, uniform, **parameters):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("size", "tile"), [(1000, 1024), (1300, 256)])
+@pytest.mark.parametrize(("size", "tile"), [(700, 1024), (600, 256)])
 def test_draws_are_those_of_the_twin(kind, size, tile, monkeypatch):
     """Also of rows of several tiles, and of more than one tile of tokens that may be kept."""
     use_tile(monkeypatch, tile)
@@ -188,8 +188,9 @@ def test_a_row_does_not_depend_on_its_company():
 
 
 def test_the_tile_changes_no_token(monkeypatch):
-    logits = make_logits("ties", len(FILTERS), 600, seed=9)
-    parameters = dict(zip(NAMES, map(list, zip(*FILTERS, strict=True)), strict=True))
+    filters = FILTERS[3:10:2]
+    logits = make_logits("ties", len(filters), 600, seed=9)
+    parameters = dict(zip(NAMES, map(list, zip(*filters, strict=True)), strict=True))
     outs = []
     for tile in (256, 1024):
         use_tile(monkeypatch, tile)
@@ -263,4 +264,5 @@ def test_arguments_that_do_not_fit_are_named():
 def test_candidates_differ_and_hold_the_default(size):
     found = [str(config) for config in sampling.candidates(size)]
     assert len(set(found)) == len(found)
-    assert str(sampling._default_config(size)) in found and sampling.shape_class(size) == sampling.shape_class(size - 1)
+    assert str(sampling._default_config(size)) in found
+    assert sampling.shape_class(size) == sampling.shape_class(size - size // 4)
