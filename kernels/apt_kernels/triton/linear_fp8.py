@@ -7,6 +7,8 @@ Elsewhere a weight becomes x's dtype in registers, which is exact, and x stays a
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -76,6 +78,7 @@ def _linear_kernel(
     store_tile(acc, out, row_scales, out_scales, bias, first_row, first_out, num_rows, num_out, SPLIT_K)
 
 
+@cache
 def has_float8(device: torch.device) -> bool:
     """Whether a device multiplies float8."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY

@@ -98,10 +98,15 @@ def pack_int8(
 
 def pack_int4(weight: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor) -> W4A16Weight:
     """uint8 in 0 .. 15 [out, in], scales and minima [out, in / group_size]."""
-    num_in = weight.shape[1]
-    group_size = num_in // scales.shape[1]
-    scales, minima = (linear_w4a16.pack_factors(x, num_in) for x in (scales, minima))
-    return W4A16Weight(linear_words.pack(weight, num_bits=4), scales, minima, group_size, *weight.shape)
+    num_out, num_in = weight.shape
+    return W4A16Weight(
+        linear_words.pack(weight, num_bits=4),
+        linear_w4a16.pack_factors(scales, num_in),
+        linear_w4a16.pack_factors(minima, num_in),
+        num_in // scales.shape[1],
+        num_out,
+        num_in,
+    )
 
 
 def pack_float8(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> Fp8Weight:

@@ -123,8 +123,7 @@ def _options(logits: torch.Tensor) -> dict[str, int]:
 
 
 def _max_chunks(logits: torch.Tensor) -> int:
-    most: int = triton.next_power_of_2(triton.cdiv(logits.shape[1], CHUNK.value))
-    return most
+    return int(triton.next_power_of_2(triton.cdiv(logits.shape[1], CHUNK.value)))
 
 
 def _chunk_maxima(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -186,8 +186,8 @@ def test_static_input_scales_are_read_and_not_needed(tmp_path: Path) -> None:
     saved.edit(lambda tensors: tensors.update(extra))
     assert_exact_in_float32(saved)
 
-    found = {name: weight for name, weight in open_checkpoint(saved.folder).weights() if isinstance(weight, Int8Tensor)}
-    assert found and all(w.has_int8_inputs and w.input_scale == pytest.approx(0.02) for w in found.values())
+    found = [weight for _, weight in open_checkpoint(str(saved.folder)).weights() if isinstance(weight, Int8Tensor)]
+    assert found and all(w.has_int8_inputs and w.input_scale == pytest.approx(0.02) for w in found)
 
     saved.edit(lambda tensors: tensors.update({f"{PART}.input_scale": torch.tensor([0.0])}))
     with pytest.raises(CheckpointError, match="positive") as caught:
