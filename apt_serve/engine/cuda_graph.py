@@ -17,6 +17,7 @@ from apt_core.models.decoder import DecoderForCausalLM
 from apt_serve.engine.forward import ForwardOutput, PackedForward, wide_logits
 from apt_serve.engine.model_input import ModelInput, PersistentBatch
 from apt_serve.engine.step import StepInput
+from apt_serve.engine.transfer import select_rows
 
 WARM_UP_RUNS = 2
 """Before a capture: the first run compiles kernels, and libraries take their workspaces."""
@@ -121,8 +122,7 @@ class PaddedForward:
         size = self._sizes[bisect_left(self._sizes, count)]
         self._buffers.fill(self._batch.build(step), size)
         output = self._run(size)
-        logits = output.logits[:count] if len(sampling) == count else output.logits[sampling]
-        return ForwardOutput(output.hidden[:count], logits)
+        return ForwardOutput(output.hidden[:count], select_rows(output.logits[:count], sampling))
 
     def _run(self, size: int) -> ForwardOutput:
         captured = self._captured.get(size)

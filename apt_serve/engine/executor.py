@@ -1,7 +1,7 @@
 """Executor: the seam between scheduling a step and running it.
 
-`launch` starts a step and `collect` waits for its result, so that placements which run elsewhere (another process, a
-GPU) can overlap with scheduling. The model runner in the engine's own thread is the placement for a processor.
+`launch` starts a step and `collect` waits for its result. Where steps run elsewhere, as on a GPU, the next one can be
+scheduled and launched meanwhile. The model runner in the engine's own thread is the placement for a processor.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ Handle = TypeVar("Handle")
 class Executor(Protocol[Handle]):
     """Runs steps of one model."""
 
+    @property
+    def max_steps_in_flight(self) -> int:
+        """Steps launched and not yet collected, at most: 1 where `launch` computes, 2 where it only starts a step."""
+
     def launch(self, step: StepInput) -> Handle:
         """Start a step; steps complete in the order they were launched."""
 
@@ -25,3 +29,8 @@ class Executor(Protocol[Handle]):
 
     def reset(self) -> None:
         """Forget what a failed step may have left behind, so that the next step starts clean."""
+
+
+def num_slots(max_num_seqs: int, max_steps_in_flight: int) -> int:
+    """Rows that suffice: any sequence of a step under way may leave, and another come, before the step is taken in."""
+    return max_num_seqs * max_steps_in_flight

@@ -81,6 +81,7 @@ def load(config: EngineConfig) -> LoadedModel:
         max_model_len=max_model_len,
         eos_token_ids=info.eos_token_ids,
         pads_decodes=device.type == "cuda",
+        max_steps_in_flight=2 if device.type == "cuda" else 1,
     )
     if device.type == "cuda":
         runner.warm_up(config.max_num_batched_tokens)

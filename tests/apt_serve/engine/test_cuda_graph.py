@@ -55,7 +55,7 @@ class Padded:
         if device != CPU:
             self.cache = [type(layer)(layer.keys.to(device), layer.values.to(device)) for layer in self.cache]
         sizes = {"max_num_seqs": 8, "max_model_len": MAX_MODEL_LEN}
-        self.batch = PersistentBatch(block_size=BLOCK_SIZE, device=device, **sizes)
+        self.batch = PersistentBatch(num_slots=8, max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, device=device)
         self.forward = PaddedForward(tiny_model(dtype).to(device), self.cache, self.batch, **sizes)
 
     @torch.inference_mode()
@@ -106,7 +106,7 @@ def test_warming_up_leaves_no_trace(pads_decodes):
         )
         if is_warm:
             runner.warm_up(max_num_batched_tokens=20)
-        return runner.launch(warm_up_step(9, BLOCK_SIZE, SamplingParams(temperature=0, logprobs=3)))
+        return runner.collect(runner.launch(warm_up_step(9, BLOCK_SIZE, SamplingParams(temperature=0, logprobs=3))))
 
     assert first_output(True) == first_output(False)
 

@@ -192,6 +192,7 @@ class Faulty:
 
     def __init__(self, runner):
         self.runner, self.is_broken = runner, False
+        self.max_steps_in_flight = runner.max_steps_in_flight
 
     def launch(self, step):
         handle = self.runner.launch(step)
