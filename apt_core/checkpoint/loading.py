@@ -8,7 +8,7 @@ from torch import nn
 from apt_core.checkpoint.checkpoint import Checkpoint
 from apt_core.errors import CheckpointError
 from apt_core.layers.linear import QuantizedLinear
-from apt_core.quantization import StoredWeight
+from apt_core.quantization import StoredWeight, moved
 
 _MAX_NAMES_SHOWN = 8
 
@@ -51,7 +51,7 @@ def load_into(
         owner = model.get_submodule(owner_name)
         if not isinstance(weight, torch.Tensor):
             assert isinstance(owner, nn.Linear)
-            model.set_submodule(owner_name, QuantizedLinear([weight], owner.bias))
+            model.set_submodule(owner_name, QuantizedLinear([moved(weight, device)], owner.bias))
         else:
             loaded = torch.empty(weight.shape, dtype=dtype, device=device)
             loaded.copy_(weight)

@@ -31,10 +31,10 @@ class EngineConfig:
     """Folder or tokenizer.json to use instead of the checkpoint's own tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Type of weights and activations. auto: bfloat16 where the device computes in it, else float32."""
-    weight_precision: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
-    """What the linear layers' weights are kept in on a processor; int8 and int4 are made at load time. auto: as a
-    quantized checkpoint has them, else dtype."""
-    lm_head_precision: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    weight_precision: Literal["auto", "float32", "bfloat16", "float8", "int8", "int4"] = "auto"
+    """What the linear layers' weights are kept in; float8, int8 and int4 are made at load time, float8 on a GPU only,
+    float32 and bfloat16 on a processor only. auto: as a quantized checkpoint has them, else dtype."""
+    lm_head_precision: Literal["auto", "float32", "bfloat16", "float8", "int8", "int4"] = "auto"
     """The same for the output head (lm_head), tied or not. auto: weight_precision, but int8 with int4, as 4 bits in the
     head alone cost about 5 % of perplexity."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

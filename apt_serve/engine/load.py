@@ -27,6 +27,9 @@ from apt_serve.engine.model_runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
+PRECISIONS = {"cpu": ("float32", "bfloat16", "int8", "int4"), "cuda": ("float8", "int8", "int4")}
+"""That weights can be made to have on a device, beside dtype's own."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -129,9 +132,10 @@ def _weight_precision(
     precision = config.weight_precision if field == "weight_precision" else config.lm_head_precision
     if precision == "auto":
         return None
-    if device.type != "cpu":
-        raise ConfigError(f"{precision} is for processors; this is {device}", field=field)
-    if dtype not in (torch.float32, torch.bfloat16):
+    known = PRECISIONS[device.type]
+    if precision not in known:
+        raise ConfigError(f"must be one of {', '.join(known)} on {device}, got {precision}", field=field)
+    if not _can_pack(dtype, device):
         raise ConfigError(f"{precision} goes with dtype float32 or bfloat16, not {config.dtype}", field=field)
     return precision
 
@@ -140,8 +144,12 @@ def _keeps_quantized(
     checkpoint: Checkpoint, precision: WeightPrecision | None, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether weights in fewer bits stay so until they are packed; a GGUF's 4 bits only if int4 is asked for."""
-    is_packed = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    return is_packed and (checkpoint.is_quantized or precision == "int4")
+    return _can_pack(dtype, device) and (checkpoint.is_quantized or precision == "int4")
+
+
+def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the products of packed weights take x of this dtype."""
+    return dtype in ((torch.float32, torch.bfloat16) if device.type == "cpu" else ops.TRITON_DTYPES)
 
 
 def _kv_cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
