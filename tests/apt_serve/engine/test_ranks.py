@@ -27,7 +27,7 @@ from apt_serve.llm import LLM
 from tests.apt_core.checkpoint.tiny import save_folder
 
 ROOT = Path(__file__).parents[3]
-TINY: dict[str, Any] = {"tensor_parallel_size": 2, "num_threads": 1, "num_kv_blocks": 16, "stall_timeout_s": 1.5}
+TINY: dict[str, Any] = {"tensor_parallel_size": 2, "num_threads": 1, "num_kv_blocks": 16}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-async def serving(folder: Path) -> AsyncIterator[AsyncEngine]:
-    engine = AsyncEngine(EngineConfig(source=str(folder), **TINY))
+async def serving(folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[AsyncEngine]:
+    """A parameter is stall_timeout_s."""
+    engine = AsyncEngine(EngineConfig(source=str(folder), stall_timeout_s=getattr(request, "param", 60.0), **TINY))
     await engine.start()
     yield engine
     await engine.stop()
@@ -82,6 +83,7 @@ async def test_a_worker_killed_midway(serving: AsyncEngine) -> None:
         await generate(serving)
 
 
+@pytest.mark.parametrize("serving", [2.0], indirect=True)
 async def test_a_worker_that_hangs(serving: AsyncEngine) -> None:
     (worker,) = workers()
     started = time.monotonic()
@@ -141,7 +143,8 @@ import sys, psutil
 from apt_serve.llm import LLM
 if __name__ == "__main__":
     llm = LLM(sys.argv[1], tensor_parallel_size=2, num_kv_blocks=16, num_threads=1)
-    print(*(child.pid for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())), flush=True)
+    children = psutil.Process().children()
+    print(*(child.pid for child in children if "spawn_main" in " ".join(child.cmdline())), flush=True)
     sys.stdin.readline()
 """
 
