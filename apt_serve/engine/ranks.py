@@ -109,7 +109,7 @@ class Ranks:
         self._busy_since: float | None = None
         self._workers = [_Worker.start(Place(r, size, device_type, self._port), build) for r in range(1, size)]
         # Before multiprocessing would wait for its processes at the interpreter's exit.
-        self._at_exit = Finalize(None, self._kill, exitpriority=10)
+        self._at_exit = Finalize(None, self.stop, kwargs={"patience_s": 0}, exitpriority=10)
         self._watch = threading.Thread(target=self._watch_over, name="apt-ranks", daemon=True)
         self._watch.start()
 

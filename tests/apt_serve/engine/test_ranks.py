@@ -16,13 +16,15 @@ import psutil
 import pytest
 
 from apt_core.errors import ConfigError
-from apt_serve.engine import ranks
+from apt_core.parallel import Communicator
+from apt_serve.engine import load, ranks
 from apt_serve.engine.async_engine import AsyncEngine
 from apt_serve.engine.client import EngineStoppedError, GenerationFailedError, GenerationRequest
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.engine import Engine
-from apt_serve.engine.executor import EngineBrokenError
+from apt_serve.engine.executor import EngineBrokenError, Executor
 from apt_serve.engine.sampling_params import SamplingParams
+from apt_serve.engine.step import StepInput, StepOutput
 from apt_serve.llm import LLM
 from tests.apt_core.checkpoint.tiny import save_folder
 
@@ -115,7 +117,7 @@ async def test_signals_of_a_terminal_leave_draining_to_rank_0(serving: AsyncEngi
 
 def test_a_worker_that_cannot_load_says_why_at_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 loads another checkpoint than its worker, which finds none."""
-    monkeypatch.setattr("apt_serve.engine.load._load_rank_of", no_such_model)
+    monkeypatch.setattr(load, "_load_rank_of", no_such_model)
     with pytest.raises(EngineBrokenError, match=r"(?s)^rank 1 failed:\nTraceback.*FileNotFoundError: no such model"):
         Engine(EngineConfig(source=str(folder), **TINY))
     assert workers() == []
@@ -123,6 +125,58 @@ def test_a_worker_that_cannot_load_says_why_at_start(folder: Path, monkeypatch: 
 
 def no_such_model(config: EngineConfig, communicator: object) -> None:
     raise FileNotFoundError("no such model")
+
+
+class Broken:
+    """A worker's executor whose third step does something else."""
+
+    def __init__(self, executor: Executor[Any], act: Callable[[], None]) -> None:
+        self._executor, self._act, self._num_steps = executor, act, 0
+
+    def launch(self, step: StepInput) -> Any:
+        self._num_steps += 1
+        if self._num_steps == 3:
+            self._act()
+        return self._executor.launch(step)
+
+    def collect(self, handle: Any) -> StepOutput:
+        return self._executor.collect(handle)
+
+
+def raising(config: EngineConfig, communicator: Communicator) -> Any:
+    return Broken(load._load_rank_of(config, communicator), run_out_of_memory)
+
+
+def hanging(config: EngineConfig, communicator: Communicator) -> Any:
+    return Broken(load._load_rank_of(config, communicator), wait_for_nothing)
+
+
+def run_out_of_memory() -> None:
+    raise MemoryError("injected")
+
+
+def wait_for_nothing() -> None:
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize(
+    ("build", "account"),
+    [
+        (raising, r"(?s)^rank 1 failed:\nTraceback.*MemoryError: injected"),
+        (hanging, r"(?s)^a step has taken longer.*rank 1 \(process \d+\) is here:\n.*in wait_for_nothing"),
+    ],
+)
+def test_the_account_has_the_traceback_of_the_rank_at_fault(
+    build: Any, account: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "_load_rank_of", build)
+    llm = LLM(str(folder), stall_timeout_s=2.0, **TINY)
+    with pytest.raises(EngineBrokenError, match=account):
+        llm.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    with pytest.raises(EngineBrokenError, match=account):
+        llm.generate([5, 6, 7])
+    llm.engine.close()
+    assert workers() == []
 
 
 def test_rank_0_that_cannot_load_ends_the_others(folder: Path) -> None:
