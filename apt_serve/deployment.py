@@ -148,7 +148,8 @@ def _actor_options(config: ServerConfig) -> dict[str, Any]:
         "num_cpus": 0.1,
     }
     if config.model.device == "cuda" or (config.model.device == "auto" and _has_gpus()):
-        options["num_gpus"] = 1
+        # The replica and its ranks, which are its own processes, share what Ray gives the replica.
+        options["num_gpus"] = config.model.tensor_parallel_size
     return options
 
 

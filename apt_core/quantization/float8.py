@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from apt_core.quantization.rows import by_rows
+from apt_core.quantization.rows import by_rows, narrow_groups
 from apt_kernels import ops
 
 LARGEST = 448.0
@@ -40,6 +40,11 @@ class Float8Weight:
             self.values.device,
             lambda rows: self.values[rows].float().mul_(self.scales[row_blocks[rows]][:, column_blocks]),
         )
+
+    def narrow(self, dim: int, start: int, length: int) -> Float8Weight:
+        """See StoredWeight."""
+        scales = narrow_groups(self.scales, dim, self.block[dim], start, length)
+        return replace(self, values=self.values.narrow(dim, start, length).clone(), scales=scales)
 
     def kernel_form(self) -> Float8Weight | None:
         """On a GPU as it is, if its scales cover whole tiles of inputs; a processor has no product."""

@@ -14,7 +14,7 @@ import torch
 from apt_core.quantization.float8 import Float8Weight
 from apt_core.quantization.int4 import GROUP_SIZES, Int4Tensor
 from apt_core.quantization.int8 import Int8Tensor
-from apt_core.quantization.rows import by_rows
+from apt_core.quantization.rows import by_rows, narrow_groups
 
 
 class StoredWeight(Protocol):
@@ -28,6 +28,9 @@ class StoredWeight(Protocol):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Its values [out, in], computed in float32."""
+
+    def narrow(self, dim: int, start: int, length: int) -> StoredWeight:
+        """A copy of some of its outputs (dim 0) or inputs (dim 1); ValueError if that cuts a group of them."""
 
     def kernel_form(self) -> Int8Tensor | Int4Tensor | Float8Weight | None:
         """The same weight as a packed product takes it; None if there is no such product."""
@@ -68,6 +71,17 @@ class GroupedWeight:
             self.codes.device,
             lambda rows: self.codes[rows].float().sub_(zeros[rows][:, index]).mul_(scales[rows][:, index]),
         )
+
+    def narrow(self, dim: int, start: int, length: int) -> GroupedWeight:
+        """See StoredWeight."""
+        codes = self.codes.narrow(dim, start, length).clone()
+        index, scales, zeros = self.group_index, self.scales, self.zeros
+        if dim == 1 and index is not None:
+            index = index.narrow(0, start, length)  # groups lie anywhere: each part keeps the scales of all
+        else:
+            size = 1 if dim == 0 else self.shape[1] // scales.shape[1]
+            scales, zeros = (narrow_groups(x, dim, size, start, length) for x in (scales, zeros))
+        return replace(self, codes=codes, scales=scales, zeros=zeros, group_index=index)
 
     def kernel_form(self) -> Int8Tensor | Int4Tensor | None:
         """int4 for 4 bits, else int8 where a row has one scale; None for groups that no product has.

@@ -40,7 +40,10 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = None
     """Threads of one step on a processor; None takes one per physical core this process may use, within its cgroup's
-    quota."""
+    quota, and divides them among the ranks of tensor_parallel_size."""
+    tensor_parallel_size: int = 1
+    """GPUs, or on a processor processes, that share every layer of the model. It must divide the model's
+    num_attention_heads, num_key_value_heads and intermediate_size."""
     max_model_len: int | None = None
     """Most tokens of prompt and output together; None takes the model's own limit."""
     max_num_seqs: int = 64
@@ -69,7 +72,7 @@ class EngineConfig:
     """/health fails when requests run and no step has completed for this long."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
             self._positive(name)
         for name in ("num_threads", "max_model_len", "kv_cache_gib", "num_kv_blocks"):
             if getattr(self, name) is not None:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from apt_core.errors import AptError, InvalidRequestError
+from apt_core.errors import InvalidRequestError
 from apt_serve.engine.block_manager import BlockManager
 from apt_serve.engine.client import GenerationOutput, GenerationRequest, ModelInfo
 from apt_serve.engine.config import EngineConfig
+from apt_serve.engine.executor import EngineBrokenError
 from apt_serve.engine.load import LoadedModel, load
 from apt_serve.engine.metrics import MetricsSink, NullMetrics
 from apt_serve.engine.output_processor import OutputProcessor
@@ -28,10 +29,6 @@ log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 8
 """So many failed steps in a row mean that the engine itself is broken."""
-
-
-class EngineBrokenError(AptError):
-    """Steps fail one after another: the engine cannot go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +87,7 @@ class Engine:
         A step that raises ends the sequences of all steps under way with finish_reason "error" and no others.
 
         Raises:
-            EngineBrokenError: several steps in a row have raised.
+            EngineBrokenError: several steps in a row have raised, or no step can be run any more.
         """
         step = self._scheduler.schedule()
         try:
@@ -101,6 +98,8 @@ class Engine:
             if not self._in_flight:
                 return []
             output = self._executor.collect(self._in_flight[0].handle)
+        except EngineBrokenError:
+            raise
         except Exception:
             log.exception("a step failed")
             return self._fail()
@@ -195,6 +194,15 @@ class Engine:
             InvalidRequestError: names the field.
         """
         check_request(request, self.model)
+
+    def close(self) -> None:
+        """Take no more steps; ends the processes that ran them, if there are any."""
+        self._executor.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether steps can be run, as far as is known; may be asked from any thread."""
+        return self._executor.is_alive
 
     @property
     def has_work(self) -> bool:

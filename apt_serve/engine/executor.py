@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
+from apt_core.errors import AptError
 from apt_serve.engine.step import StepInput, StepOutput
 
 Handle = TypeVar("Handle")
 """Of a step under way."""
+
+
+class EngineBrokenError(AptError):
+    """The engine cannot go on: steps fail one after another, or what runs them has gone."""
 
 
 class Executor(Protocol[Handle]):
@@ -22,13 +27,23 @@ class Executor(Protocol[Handle]):
         """Steps launched and not yet collected, at most: 1 where `launch` computes, 2 where it only starts a step."""
 
     def launch(self, step: StepInput) -> Handle:
-        """Start a step; steps complete in the order they were launched."""
+        """Start a step; steps complete in the order they were launched.
+
+        Like ``collect``, raises EngineBrokenError if no step can be run any more, and anything else if this one cannot.
+        """
 
     def collect(self, handle: Handle) -> StepOutput:
         """Wait for a step's output."""
 
     def reset(self) -> None:
         """Forget what a failed step may have left behind, so that the next step starts clean."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether steps can be run, as far as is known; may be asked from any thread."""
+
+    def close(self) -> None:
+        """Run no more steps, and end the processes that ran them."""
 
 
 def num_slots(max_num_seqs: int, max_steps_in_flight: int) -> int:

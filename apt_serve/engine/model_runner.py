@@ -107,6 +107,14 @@ class ModelRunner:
     def reset(self) -> None:
         """See Executor: rows are rebuilt when sequences are added, so nothing is left to forget."""
 
+    @property
+    def is_alive(self) -> bool:
+        """See Executor: as alive as the thread it runs in."""
+        return True
+
+    def close(self) -> None:
+        """See Executor: there is no other process."""
+
     @torch.inference_mode()
     def warm_up(self, max_num_batched_tokens: int) -> None:
         """Run steps of all kinds over the still empty cache, so that nothing is compiled or captured while serving.

@@ -124,6 +124,10 @@ class TestApplication:
         options = self.options(deployment, ServerConfig(EngineConfig(device="cuda"))).ray_actor_options
         assert options["num_gpus"] == 1
 
+    def test_a_replica_whose_ranks_share_a_model_asks_for_a_gpu_each(self, deployment: Any) -> None:
+        config = ServerConfig(EngineConfig(device="cuda", tensor_parallel_size=4))
+        assert self.options(deployment, config).ray_actor_options["num_gpus"] == 4
+
 
 class FakeServer:
     """Stands where a replica keeps its server."""
