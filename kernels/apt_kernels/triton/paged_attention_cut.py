@@ -23,6 +23,10 @@ MIN_SEGMENT = 128
 """Keys; parts smaller than this cost more than they save."""
 PROGRAMS_PER_PROCESSOR = 4
 """That keep memory busy in a decode. A program with large tiles fills a processor alone."""
+EVEN_SEGMENT = 1024
+EVEN_PROGRAMS = 16
+"""Per processor. Long contexts of a decode are cut further than it takes to fill the device: with little more than one
+program for each place, most of it would wait for the last ones, and with contexts of all lengths for the longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +76,15 @@ def cut_launch(layer: Layer, load: Load, device: torch.device) -> Cut:
     has_search = load.max_seqlen_q > tokens
     num_tiles = load.num_tokens // tokens + load.num_seqs if has_search else load.num_seqs
 
-    is_decode = _num_rows(layer, load.max_seqlen_q) <= MAX_DECODE_ROWS
-    num_wanted = num_processors(device) * (PROGRAMS_PER_PROCESSOR if is_decode else 1)
     num_keys = load.max_context_len if layer.window is None else min(load.max_context_len, layer.window + tokens)
-    num_parts = min(num_wanted // (num_tiles * layer.num_kv_heads), num_keys // MIN_SEGMENT, MAX_SEGMENTS)
-    return Cut(config, num_tiles, 1 << (max(num_parts, 1).bit_length() - 1), has_search)
+    num_places, num_programs = num_processors(device), num_tiles * layer.num_kv_heads
+    if _num_rows(layer, load.max_seqlen_q) <= MAX_DECODE_ROWS:
+        num_parts = min(num_places * PROGRAMS_PER_PROCESSOR // num_programs, num_keys // MIN_SEGMENT)
+        num_parts = max(num_parts, min(num_places * EVEN_PROGRAMS // num_programs, num_keys // EVEN_SEGMENT))
+    else:
+        num_parts = min(num_places // num_programs, num_keys // MIN_SEGMENT)
+    num_parts = min(max(num_parts, 1), MAX_SEGMENTS)
+    return Cut(config, num_tiles, 1 << (num_parts.bit_length() - 1), has_search)
 
 
 def shape_class(layer: Layer, max_seqlen_q: int) -> str:
