@@ -81,13 +81,15 @@ class ModelRunner:
         Args:
             max_num_batched_tokens: most tokens of a step.
         """
-        most = min(max_num_batched_tokens, self._batch.max_model_len)
-        for sampling in (SamplingParams(temperature=0.0, logprobs=1), SamplingParams(top_p=0.9, top_k=8, min_p=0.01)):
+        max_num_seqs, max_model_len = len(self._batch.block_tables), self._batch.max_model_len
+        most = min(max_num_batched_tokens, max_num_seqs * max_model_len)
+        greedy = SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1)
+        for sampling in (greedy, SamplingParams(top_p=0.9, top_k=8, min_p=0.01)):
             num_tokens = 1
             while num_tokens < 2 * most:
-                self.launch(warm_up_step(min(num_tokens, most), self._batch.block_size, sampling))
+                self.launch(warm_up_step(min(num_tokens, most), self._batch.block_size, sampling, max_model_len))
                 num_tokens *= 2
-        self._apply_changes(StepInput((), (), removed_slots=(0,)))
+        self._apply_changes(StepInput((), (), removed_slots=tuple(range(max_num_seqs))))
         if isinstance(self._forward, PaddedForward) and self._batch.device.type == "cuda":
             self._forward.capture()
 
@@ -138,12 +140,18 @@ class ModelRunner:
         return tuple(found)
 
 
-def warm_up_step(num_tokens: int, block_size: int, sampling: SamplingParams) -> StepInput:
-    """One sequence's so many tokens, in the cache's first blocks."""
-    blocks = tuple(range(-(-num_tokens // block_size)))
-    added = AddedSequence(0, "warm-up", (0,) * num_tokens, num_tokens, sampling, seed=0, block_ids=blocks)
-    scheduled = ScheduledSequence(0, "warm-up", 0, num_tokens, new_block_ids=(), samples=True)
-    return StepInput((added,), (scheduled,), removed_slots=())
+def warm_up_step(
+    num_tokens: int, block_size: int, sampling: SamplingParams, max_model_len: int | None = None
+) -> StepInput:
+    """So many tokens of one sequence, or of as many as it takes, all in the cache's first blocks."""
+    num_full, rest = divmod(num_tokens, max_model_len or num_tokens)
+    lengths = [rest] * (rest > 0) + [max_model_len or num_tokens] * num_full
+    added, scheduled = [], []
+    for slot, length in enumerate(lengths):
+        blocks = tuple(range(-(-length // block_size)))
+        added.append(AddedSequence(slot, "warm-up", (0,) * length, length, sampling, seed=0, block_ids=blocks))
+        scheduled.append(ScheduledSequence(slot, "warm-up", 0, length, new_block_ids=(), samples=True))
+    return StepInput(tuple(added), tuple(scheduled), removed_slots=())
 
 
 def _output(
