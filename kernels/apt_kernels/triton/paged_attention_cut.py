@@ -27,6 +27,10 @@ EVEN_SEGMENT = 1024
 EVEN_PROGRAMS = 16
 """Per processor. Long contexts of a decode are cut further than it takes to fill the device: with little more than one
 program for each place, most of it would wait for the last ones, and with contexts of all lengths for the longest."""
+SHARED_BYTES = 220 * 1024
+"""For the keys and values on their way, of all programs of a processor."""
+PLACES_OF_DECODES = 2
+"""Programs that a processor should have room for while it reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +114,29 @@ def default_config(layer: Layer, max_seqlen_q: int) -> Config:
 
 
 def candidates(layer: Layer, max_seqlen_q: int) -> list[Config]:
-    """Worth measuring for a class; some may need more shared memory than a device has."""
-    rows = _num_rows(layer, max_seqlen_q)
-    is_decode = rows <= MAX_DECODE_ROWS
-    if is_decode:
+    """Worth measuring for a class: what a Hopper GPU has registers and shared memory for, as far as one can tell."""
+    rows, is_wide = _num_rows(layer, max_seqlen_q), layer.head_dim > 128
+    if rows <= MAX_DECODE_ROWS:
         heights = {rows, DECODE_ROWS_8BIT if layer.cache_dtype.itemsize == 1 else rows}
+        shapes = [
+            (height, tile, warps)
+            for height in sorted(heights)
+            for tile in (32, 64, 128)
+            for warps in ((2, 4) if height < DECODE_ROWS_8BIT else (4, 8))
+            if tile <= 32 * warps
+        ]
+        shared_bytes = SHARED_BYTES // PLACES_OF_DECODES
     else:
         heights = {rows, max(rows // 2, _num_rows(layer, 1))}
+        tiles = (32, 64) if is_wide else (64, 128)
+        shapes = [(height, tile, max(height // 16, 4)) for height in sorted(heights) for tile in tiles]
+        shared_bytes = SHARED_BYTES
+    token_bytes = 2 * layer.cache_dtype.itemsize * triton.next_power_of_2(layer.head_dim)
     return [
         Config({"ROWS": height, "TILE": tile}, num_warps, num_stages)
-        for height in sorted(heights)
-        for tile in (32, 64, 128)
-        for num_warps in ((2, 4, 8) if is_decode else (4, 8))
-        for num_stages in ((2, 3, 4, 5) if is_decode else (2, 3, 4))
+        for height, tile, num_warps in shapes
+        for num_stages in (2, 3, 4)
+        if (num_stages - 1) * tile * token_bytes <= shared_bytes
     ]
 
 
