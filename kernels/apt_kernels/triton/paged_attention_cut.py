@@ -27,8 +27,9 @@ EVEN_SEGMENT = 1024
 EVEN_PROGRAMS = 16
 """Per processor. Long contexts of a decode are cut further than it takes to fill the device: with little more than one
 program for each place, most of it would wait for the last ones, and with contexts of all lengths for the longest."""
-SHARED_BYTES = 220 * 1024
-"""For the keys and values on their way, of all programs of a processor."""
+WARP_GROUP_ROWS = 64
+SHARED_BYTES = 227 * 1024
+"""Of a processor, for all of its programs."""
 PLACES_OF_DECODES = 2
 """Programs that a processor should have room for while it reads."""
 
@@ -131,13 +132,21 @@ def candidates(layer: Layer, max_seqlen_q: int) -> list[Config]:
         tiles = (32, 64) if is_wide else (64, 128)
         shapes = [(height, tile, max(height // 16, 4)) for height in sorted(heights) for tile in tiles]
         shared_bytes = SHARED_BYTES
-    token_bytes = 2 * layer.cache_dtype.itemsize * triton.next_power_of_2(layer.head_dim)
     return [
         Config({"ROWS": height, "TILE": tile}, num_warps, num_stages)
         for height, tile, num_warps in shapes
         for num_stages in (2, 3, 4)
-        if (num_stages - 1) * tile * token_bytes <= shared_bytes
+        if _shared_bytes(layer, height, tile, num_stages) <= shared_bytes
     ]
+
+
+def _shared_bytes(layer: Layer, height: int, tile: int, num_stages: int) -> int:
+    """What a program takes, about. Products by warp groups read every operand from there, also the queries."""
+    dims = triton.next_power_of_2(layer.head_dim)
+    tile_bytes = 2 * layer.cache_dtype.itemsize * dims * tile
+    if height < WARP_GROUP_ROWS:
+        return (num_stages - 1) * tile_bytes
+    return num_stages * tile_bytes + height * dims * layer.query_dtype.itemsize
 
 
 def _num_rows(layer: Layer, max_seqlen_q: int) -> int:
