@@ -142,7 +142,7 @@ def candidates(layer: Layer, max_seqlen_q: int) -> list[Config]:
 
 def _shared_bytes(layer: Layer, height: int, tile: int, num_stages: int) -> int:
     """What a program takes, about. Products by warp groups read every operand from there, also the queries."""
-    dims = triton.next_power_of_2(layer.head_dim)
+    dims = int(triton.next_power_of_2(layer.head_dim))
     tile_bytes = 2 * layer.cache_dtype.itemsize * dims * tile
     if height < WARP_GROUP_ROWS:
         return (num_stages - 1) * tile_bytes
