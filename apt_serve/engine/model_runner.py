@@ -58,6 +58,7 @@ class ModelRunner:
     ) -> None:
         keys = kv_cache[0].keys
         self._model = model
+        self._max_num_seqs = max_num_seqs
         self.max_steps_in_flight = max_steps_in_flight
         """See Executor."""
         self._batch = PersistentBatch(
@@ -122,13 +123,16 @@ class ModelRunner:
         Args:
             max_num_batched_tokens: most tokens of a step.
         """
-        most = min(max_num_batched_tokens, self._batch.max_model_len)
-        for sampling in (SamplingParams(temperature=0.0, logprobs=1), SamplingParams(top_p=0.9, top_k=8, min_p=0.01)):
+        max_model_len = self._batch.max_model_len
+        most = min(max_num_batched_tokens, self._max_num_seqs * max_model_len)
+        greedy = SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1)
+        for sampling in (greedy, SamplingParams(top_p=0.9, top_k=8, min_p=0.01)):
             num_tokens = 1
             while num_tokens < 2 * most:
-                self.collect(self.launch(warm_up_step(min(num_tokens, most), self._batch.block_size, sampling)))
+                step = warm_up_step(min(num_tokens, most), self._batch.block_size, sampling, max_model_len)
+                self.collect(self.launch(step))
                 num_tokens *= 2
-        self._apply_changes(StepInput((), (), removed_slots=(0,)))
+        self._apply_changes(StepInput((), (), removed_slots=tuple(range(self._max_num_seqs))))
         if isinstance(self._forward, PaddedForward) and self._batch.device.type == "cuda":
             self._forward.capture()
 
@@ -178,12 +182,18 @@ class ModelRunner:
         return found
 
 
-def warm_up_step(num_tokens: int, block_size: int, sampling: SamplingParams) -> StepInput:
-    """One sequence's so many tokens, in the cache's first blocks."""
-    blocks = tuple(range(-(-num_tokens // block_size)))
-    added = AddedSequence(0, "warm-up", (0,) * num_tokens, num_tokens, sampling, seed=0, block_ids=blocks)
-    scheduled = ScheduledSequence(0, "warm-up", 0, num_tokens, new_block_ids=(), samples=True)
-    return StepInput((added,), (scheduled,), removed_slots=())
+def warm_up_step(
+    num_tokens: int, block_size: int, sampling: SamplingParams, max_model_len: int | None = None
+) -> StepInput:
+    """So many tokens of one sequence, or of as many as it takes, all in the cache's first blocks."""
+    num_full, rest = divmod(num_tokens, max_model_len or num_tokens)
+    lengths = [rest] * (rest > 0) + [max_model_len or num_tokens] * num_full
+    added, scheduled = [], []
+    for slot, length in enumerate(lengths):
+        blocks = tuple(range(-(-length // block_size)))
+        added.append(AddedSequence(slot, "warm-up", (0,) * length, length, sampling, seed=0, block_ids=blocks))
+        scheduled.append(ScheduledSequence(slot, "warm-up", 0, length, new_block_ids=(), samples=True))
+    return StepInput(tuple(added), tuple(scheduled), removed_slots=())
 
 
 def _places(sampling: list[ScheduledSequence]) -> tuple[list[int], list[int]]:
