@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def describe(device: torch.device = CPU) -> str:
     software = f"software  Python {platform.python_version()}, torch {torch.__version__}"
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        lines.append(f"gpu       {gpu.name}, {gpu.multi_processor_count} processors, {gpu.total_memory / 2**30:.0f} GiB")
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        lines.append(f"gpu       {gpu.name}, {gpu.multi_processor_count} multiprocessors, {memory}")
         software += f", CUDA {torch.version.cuda}, Triton {version('triton')}"
     return "\n".join([*lines, software, f"commit    {_commit()}"])
 
@@ -66,10 +68,9 @@ def measure_limits(dtype: torch.dtype, device: torch.device = CPU) -> Limits:
 
 
 def _measure_gpu(dtype: torch.dtype, device: torch.device) -> Limits:
-    source = torch.empty(2**32, dtype=torch.int8, device=device).random_(-128, 128)
-    target = torch.empty_like(source)
-    copy = 2 * source.nbytes / best_of(_awaited(lambda: target.copy_(source)), 10)
-    del source, target
+    source = torch.randn(2**30, device=device)
+    copy = 2 * source.nbytes / best_of(_awaited(partial(torch.empty_like(source).copy_, source)), 10)
+    del source
     size = 8192
     gemm = 2 * size**3 / best_of(_awaited(_product(dtype, size, device)), 20)
     return Limits(read_gb_s=copy / 1e9, gemm_gflop_s=gemm / 1e9)

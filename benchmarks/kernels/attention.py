@@ -83,7 +83,6 @@ class Attention:
         blocks_per_seq = -(-self.context // BLOCK_SIZE)
         num_blocks = self.num_seqs * blocks_per_seq
         cache = self._cache(num_blocks)
-        like = {"dtype": torch.int32, "device": self.device}
         return partial(
             ops.paged_attention,
             self._random(self.num_seqs * self.num_queries, self.model.num_heads, self.model.head_dim),
@@ -91,9 +90,9 @@ class Attention:
             cache.values,
             key_scales=cache.key_scales,
             value_scales=cache.value_scales,
-            cu_seqlens_q=torch.arange(self.num_seqs + 1, **like) * self.num_queries,
-            context_lens=torch.full((self.num_seqs,), self.context, **like),
-            block_tables=torch.randperm(num_blocks).view(self.num_seqs, -1).to(**like),
+            cu_seqlens_q=self._int32(torch.arange(self.num_seqs + 1) * self.num_queries),
+            context_lens=self._int32(torch.full((self.num_seqs,), self.context)),
+            block_tables=self._int32(torch.randperm(num_blocks).view(self.num_seqs, -1)),
             num_decodes=self.num_seqs if self.num_queries == 1 else 0,
             scale=self.model.head_dim**-0.5,
             max_seqlen_q=self.num_queries,
@@ -137,6 +136,9 @@ class Attention:
 
     def _kv_bytes(self, dtype: torch.dtype) -> int:
         return self.num_seqs * self.context * kv_bytes_per_token(replace(self.model, num_layers=1), dtype)
+
+    def _int32(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.device, torch.int32)
 
     def _random(self, *shape: int) -> torch.Tensor:
         """As many values as make a block of the cache many times; drawing all takes a processor minutes."""

@@ -39,7 +39,7 @@ class Case:
     peers: Mapping[str, Maker] = field(default_factory=dict)
     """Others that do the same, by name; a maker or call that raises says why there is no figure."""
     tuning: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """By the name of an op of `apt_kernels.triton.tuning` that a call launches: what its candidates depend on."""
+    """By the name of an op of `apt_kernels.triton.tuning` that a call launches: what its class depends on."""
 
     @property
     def name(self) -> str:

@@ -52,9 +52,9 @@ def _rms_norm(name: str, tokens: int, width: int, dtype: torch.dtype, device: to
 
 
 def _add_norm(name: str, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    def inputs() -> tuple[torch.Tensor, ...]:
-        shapes = ((tokens, width), (tokens, width), (width,))
-        return tuple(random(*shape, dtype=dtype, device=device) for shape in shapes)
+    def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, residual = (random(tokens, width, dtype=dtype, device=device) for _ in range(2))
+        return x, residual, random(width, dtype=dtype, device=device)
 
     return Case(
         "fused_add_rms_norm",
@@ -74,7 +74,7 @@ def _gate(name: str, tokens: int, width: int, dtype: torch.dtype, device: torch.
         Work(3 * tokens * width * dtype.itemsize),
         lambda: partial(ops.silu_and_mul, x()),
         {"compile": lambda: partial(compiled(reference.silu_and_mul), x())},
-        {"silu_and_mul": ()},
+        {"silu_and_mul": (width,)},
     )
 
 
@@ -86,9 +86,7 @@ def _rope(
 
     def inputs() -> dict[str, object]:
         num_blocks = -(-tokens // BLOCK_SIZE)
-        (cache,) = allocate_kv_cache(
-            layer, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device
-        )
+        (cache,) = allocate_kv_cache(layer, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device)
         norm = random(dim, dtype=dtype, device=device) if model.qk_norm else None
         return {
             "qkv": random(tokens, (heads + 2 * model.num_kv_heads) * dim, dtype=dtype, device=device),
@@ -113,7 +111,7 @@ def _rope(
         Work(tokens * row),
         lambda: partial(_call, ops.rope_and_store_kv, inputs()),
         {"compile": lambda: partial(_call, compiled(reference.rope_and_store_kv), inputs())},
-        {"rope_store": ()},
+        {"rope_store": (tokens, dim)},
     )
 
 

@@ -101,7 +101,7 @@ def _case(
         Work(num_bytes, 2.0 * rows * num_out * num_in, kind.multiplied_in),
         ours,
         _peers(kind, rows, num_out, num_in, device),
-        {} if kind.op is None else {kind.op: (rows,)},
+        {} if kind.op is None else {kind.op: (rows, num_out, num_in)},
     )
 
 

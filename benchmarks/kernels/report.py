@@ -54,4 +54,3 @@ def as_line(cells: tuple[str, ...]) -> str:
     texts = [cell.ljust(width) for cell, width in zip(cells[:2], WIDTHS[:2], strict=True)]
     figures = [cell.rjust(width) for cell, width in zip(cells[2:-1], WIDTHS[2:-1], strict=True)]
     return "  ".join([*texts, *figures, cells[-1]]).rstrip()
-

@@ -33,9 +33,9 @@ def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
                 ours, twin = partial(ops.sample, **parameters), partial(reference.sample, **parameters)
                 yield _case(name, rows, vocab_size, ours, twin, device)
             chosen = torch.zeros(rows, dtype=torch.int64, device=device)
-            ours = partial(ops.top_logprobs, token_ids=chosen, num_top=5)
-            twin = partial(reference.top_logprobs, token_ids=chosen, num_top=5)
-            yield _case("logprobs 5", rows, vocab_size, ours, twin, device)
+            score = partial(ops.top_logprobs, token_ids=chosen, num_top=5)
+            twin_score = partial(reference.top_logprobs, token_ids=chosen, num_top=5)
+            yield _case("logprobs 5", rows, vocab_size, score, twin_score, device)
 
 
 def _case(

@@ -73,7 +73,7 @@ def cpu_turn(calls: Sequence[Call]) -> Turn:
     return turn
 
 
-def cuda_turn(calls: Sequence[Call]) -> Turn:
+def cuda_turn(calls: Sequence[Call], turn_seconds: float = TURN_SECONDS["cuda"]) -> Turn:
     """By events around a graph's replay, or around each call where calls are long or cannot be captured."""
     for _ in range(2):  # compiles, and fills the allocator
         for call in calls[:2]:
@@ -82,15 +82,15 @@ def cuda_turn(calls: Sequence[Call]) -> Turn:
     if seconds < GRAPH_BELOW and (graph := _captured(calls)) is not None:
         graph.replay()
         replay, replay_seconds = graph.replay, max(median(_event_times([graph.replay] * 3)), 1e-6)
-        num_replays = _num_calls(replay_seconds)
+        num_replays = _num_calls(replay_seconds, turn_seconds)
         return lambda: [total / len(calls) for total in _event_times([replay] * num_replays)]
     endless = cycle(calls)
-    num_calls = _num_calls(seconds)
+    num_calls = _num_calls(seconds, turn_seconds)
     return lambda: _event_times([next(endless) for _ in range(num_calls)], kept=len(calls))
 
 
-def _num_calls(seconds: float) -> int:
-    return max(FEWEST_CALLS, min(int(TURN_SECONDS["cuda"] / seconds), MOST_CALLS))
+def _num_calls(seconds: float, turn_seconds: float) -> int:
+    return max(FEWEST_CALLS, min(int(turn_seconds / seconds), MOST_CALLS))
 
 
 def _event_times(calls: Sequence[Call], kept: int = 1) -> list[float]:

@@ -50,7 +50,7 @@ class Documents:
             self.work(backward),
             partial(self._made, self._ours, backward),
             self._peers(backward),
-            {op: () for op in tunes},
+            {op: (self.model.head_dim, self.dtype) for op in tunes},
         )
 
     def work(self, backward: bool) -> Work:
@@ -124,7 +124,7 @@ def _loss(name: str, model: ModelConfig, tokens: int, dtype: torch.dtype, device
         Work(2 * (tokens + size) * width * dtype.itemsize, 6.0 * tokens * size * width, dtype),
         partial(made, ours),
         {"torch": partial(made, plain), "compile": lambda: made(_typed(compiled(plain)))},
-        {"cross_entropy": ()},
+        {"cross_entropy": (size,)},
     )
 
 
@@ -153,6 +153,7 @@ def _gate_backward(name: str, tokens: int, width: int, dtype: torch.dtype, devic
         Work(5 * tokens * width * dtype.itemsize),
         partial(made, ops.silu_and_mul),
         {"compile": lambda: made(compiled(reference.silu_and_mul))},
+        {"silu_and_mul": (width,)},
     )
 
 

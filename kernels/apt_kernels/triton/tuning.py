@@ -112,7 +112,7 @@ def stored(name: str) -> Mapping[str, Config]:
 
 def _config(row: Mapping[str, Any]) -> Config:
     config = Config(**row)
-    numbers = [*config.options().values()]
+    numbers: list[Any] = [*config.options().values()]
     if not all(isinstance(number, int) and number > 0 for number in numbers):
         raise ValueError(f"{row} must hold positive whole numbers")
     return config
