@@ -37,8 +37,11 @@ class LoadedModel:
     num_kv_blocks: int
 
 
-def load(config: EngineConfig) -> LoadedModel:
+def load(config: EngineConfig, checkpoint: Checkpoint | None = None) -> LoadedModel:
     """Load a model for the native engine. Call it on the thread that will run the steps: it sets its thread count.
+
+    Args:
+        checkpoint: takes the place of the one that ``config.source`` names.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit.
@@ -46,7 +49,7 @@ def load(config: EngineConfig) -> LoadedModel:
     """
     started = time.perf_counter()
     ops.set_num_threads(step_threads(config.num_threads))
-    checkpoint = open_checkpoint(config.source, tokenizer=config.tokenizer)
+    checkpoint = checkpoint or open_checkpoint(config.source, tokenizer=config.tokenizer)
     device = _device(config)
     if device.type == "cpu":
         native.log_state()

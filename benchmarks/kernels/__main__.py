@@ -15,10 +15,11 @@ import torch
 from apt_kernels import ops
 from benchmarks.kernels.case import COMPILED, Case
 from benchmarks.kernels.registry import GROUPS, cases
-from benchmarks.kernels.report import HEADS, Row, as_line
+from benchmarks.kernels.report import HEADS, WIDTHS, Row
 from benchmarks.kernels.sizes import sizes_for
 from benchmarks.kernels.timing import Turn, make_turn, measure, num_inputs
 from benchmarks.machine import Limits, describe, device_of, measure_limits
+from benchmarks.table import aligned
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
         return
     print(describe(device))
     limits = _limits(wanted, device)
-    print("\n" + as_line(HEADS), flush=True)
+    print("\n" + aligned(HEADS, WIDTHS), flush=True)
     missing: dict[str, str] = {}
     for number, case in enumerate(wanted):
         if args.seconds and time.perf_counter() - started > args.seconds:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from benchmarks.kernels.case import Case, Work
 from benchmarks.machine import Limits
+from benchmarks.table import aligned
 
 HEADS = ("op", "shape", "us", "rate", "of limit", "x peers")
-WIDTHS = (28, 44, 10, 13, 8, 0)
+WIDTHS = (28, 44, -10, -13, -8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Row:
         share = limit_seconds(self.case.work, limits) / self.seconds
         ratios = ", ".join(f"{seconds / self.seconds:.2f} {name}" for name, seconds in self.peers.items())
         cells = (self.case.op, self.case.shape, f"{self.seconds * 1e6:.1f}", self._rate(limits), f"{share:.0%}", ratios)
-        return as_line(cells)
+        return aligned(cells, WIDTHS)
 
     def _rate(self, limits: Limits) -> str:
         """Of what bounds it: bytes or operations."""
@@ -47,10 +48,3 @@ def is_bound_by_memory(work: Work, limits: Limits) -> bool:
 def limit_seconds(work: Work, limits: Limits) -> float:
     """The least a call can take on a machine with these rates."""
     return max(work.num_bytes / (limits.read_gb_s * 1e9), work.num_flop / (limits.gemm_gflop_s * 1e9))
-
-
-def as_line(cells: tuple[str, ...]) -> str:
-    """Texts to the left, figures to the right."""
-    texts = [cell.ljust(width) for cell, width in zip(cells[:2], WIDTHS[:2], strict=True)]
-    figures = [cell.rjust(width) for cell, width in zip(cells[2:-1], WIDTHS[2:-1], strict=True)]
-    return "  ".join([*texts, *figures, cells[-1]]).rstrip()
