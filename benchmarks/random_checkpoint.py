@@ -22,6 +22,7 @@ from apt_core.model_config import GenerationConfig
 from apt_core.quantization import StoredWeight
 from apt_core.registry import build_model
 from apt_core.tokenizer import HFTokenizer, TokenizerFiles, build_tokenizer
+from benchmarks.machine import CPU
 
 SEED = 0
 
@@ -30,7 +31,7 @@ SEED = 0
 class RandomCheckpoint(Checkpoint):
     """The shape of a model with the same random bfloat16 weights each time, norms as at the beginning of training."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     """Where they are made: those of two kinds of device differ."""
     deviation: float = 0.02
 
@@ -67,6 +68,5 @@ def random_tokenizer(vocab_size: int) -> HFTokenizer:
     tokenizer = RustTokenizer(BPE({token: number for number, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
-    return build_tokenizer(
-        TokenizerFiles(tokenizer.to_str(), "tokenizer.json", Document({}, "tokenizer.json"), None, "")
-    )
+    settings = Document({}, "tokenizer_config.json")
+    return build_tokenizer(TokenizerFiles(tokenizer.to_str(), "tokenizer.json", settings, None, ""))
