@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu`: what there is to measure on a GPU, each part within a time limit, into text files.
 
-The parts: `tune` finds configurations for the Triton kernels, `kernels` measures single ops, `engine` the engine beside
-transformers. Each writes PART-DEVICE.txt as it goes, so that what was measured before a limit is there; `tune` the table
-of configurations as well. Together they take nine minutes at most, without `tune` six.
+The parts: `tune` finds configurations for the Triton kernels, `kernels` measures single ops, `engine` the engine
+beside transformers. Each writes PART-DEVICE.txt as it goes, so that what was measured before a limit is there; `tune`
+the table of configurations as well. Together they take nine minutes at most, without `tune` six.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ class Part:
 PARTS = {
     "tune": Part("benchmarks.kernels.tune", (), 140),
     "kernels": Part("benchmarks.kernels", ("--device", "cuda"), 140),
-    "engine": Part(
-        "benchmarks.engine", ("--device", "cuda", "--streams", "1", "8", "64", "--output-len", "128"), 140
-    ),
+    "engine": Part("benchmarks.engine", ("--device", "cuda", "--streams", "1", "8", "64", "--output-len", "128"), 140),
 }
 
 
