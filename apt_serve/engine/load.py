@@ -48,15 +48,18 @@ class LoadedModel:
     num_kv_blocks: int
 
 
-def load(config: EngineConfig) -> LoadedModel:
+def load(config: EngineConfig, checkpoint: Checkpoint | None = None) -> LoadedModel:
     """Load a model for the native engine. Call it on the thread that will run the steps: it sets its thread count.
+
+    Args:
+        checkpoint: takes the place of the one that ``config.source`` names.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit.
         ConfigError: a setting that does not go with the checkpoint or the machine.
         EngineBrokenError: another rank could not load its part.
     """
-    checkpoint = open_checkpoint(config.source, tokenizer=config.tokenizer)
+    checkpoint = checkpoint or open_checkpoint(config.source, tokenizer=config.tokenizer)
     if config.tensor_parallel_size == 1:
         return load_rank(config, checkpoint, None)
     device = _device(config)
