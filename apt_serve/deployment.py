@@ -23,6 +23,7 @@ from apt_core.config import parse
 from apt_core.errors import AptError
 from apt_serve.config import ServerConfig
 from apt_serve.config_file import HttpOptions
+from apt_serve.engine.config import EngineConfig
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -148,8 +149,15 @@ def _actor_options(config: ServerConfig) -> dict[str, Any]:
         "num_cpus": 0.1,
     }
     if config.model.device == "cuda" or (config.model.device == "auto" and _has_gpus()):
-        options["num_gpus"] = 1
+        options["num_gpus"] = _num_gpus(config.model)
     return options
+
+
+def _num_gpus(model: EngineConfig) -> int:
+    """GPUs of a replica: all that its engine splits a model over, unless that engine asks Ray for them by itself."""
+    if model.vllm_args.get("distributed_executor_backend") == "ray":
+        return 0
+    return model.tensor_parallel_size * int(model.vllm_args.get("pipeline_parallel_size", 1))
 
 
 def _has_gpus() -> bool:
