@@ -157,7 +157,7 @@ def _num_gpus(model: EngineConfig) -> int:
     """GPUs of a replica: all that its engine splits a model over, unless that engine asks Ray for them by itself."""
     if model.vllm_args.get("distributed_executor_backend") == "ray":
         return 0
-    return model.tensor_parallel_size * int(model.vllm_args.get("pipeline_parallel_size", 1))
+    return model.num_workers
 
 
 def _has_gpus() -> bool:

