@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,6 +163,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
     Ctrl-C in a terminal reaches every process of the server; vLLM's are to end when they are told to, after the last
     request.
     """
+    resource_tracker.ensure_running()  # here: where it starts it unblocks SIGINT, whatever the mask was before
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
