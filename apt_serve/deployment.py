@@ -57,6 +57,8 @@ class Replica:
         from apt_serve.server import Server, log_to_stderr
 
         log_to_stderr()
+        # vLLM's processes are no actors: without it they could not ask this cluster for workers on other nodes.
+        os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         server = Server(self._config, is_behind_serve=True)
         await server.start()
         self._server = server

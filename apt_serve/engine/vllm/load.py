@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apt_core.checkpoint.hf_config import parse_generation_config
 from apt_core.document import read_document, read_optional_document
@@ -147,11 +147,11 @@ def _vllm_config(config: EngineConfig, folder: Path) -> VllmConfig:
 def _start(vllm_config: VllmConfig, recorder: VllmRecorder) -> AsyncLLM:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    # A StatLoggerBase in all but name: inheriting it would import vLLM with the recorder's module.
+    loggers: Any = [lambda config, index: recorder]
     try:
         with _deaf_to_interrupts():
-            return AsyncLLM.from_vllm_config(
-                vllm_config, disable_log_stats=True, stat_loggers=[lambda config, index: recorder]
-            )
+            return AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True, stat_loggers=loggers)
     except Exception as error:
         raise EngineStartError(f"vLLM did not start ({error}); its log says why") from error
 

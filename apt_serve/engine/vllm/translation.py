@@ -75,6 +75,7 @@ def sequence_output(seq: Sequence, output: RequestOutput) -> SequenceOutput:
         logprobs = tuple(
             _token_logprobs(token_id, entry, seq.sampling.logprobs)
             for token_id, entry in zip(token_ids, completion.logprobs, strict=False)
+            if entry is not None
         )
     return SequenceOutput(seq.seq_id, token_ids, logprobs, _prompt_logprobs(seq, output.prompt_logprobs))
 
