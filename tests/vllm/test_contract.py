@@ -23,8 +23,8 @@ def test_the_contract_of_the_api_holds(server: Endpoint, file: str) -> None:
 
 @pytest.fixture(scope="module")
 def serve_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """The same under `serve run`, the model's layers split over two workers."""
-    with running(tmp_path_factory.mktemp("ray"), "ray", pipeline_parallel_size=2, num_threads=1) as (endpoint, _):
+    """The same under `serve run`."""
+    with running(tmp_path_factory.mktemp("ray"), "ray") as (endpoint, _):
         yield endpoint
 
 

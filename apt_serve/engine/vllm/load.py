@@ -81,13 +81,18 @@ class LoadedVllm:
         """Let vLLM compile what it would compile at the first requests that need it: 20 s on a processor.
 
         That is random sampling and log-probabilities, anew for batches of one and of two, and then once for all others.
+
+        Raises:
+            EngineStartError: vLLM did not survive it.
         """
         sampling = SamplingParams(max_tokens=2, logprobs=1, prompt_logprobs=1)
         try:
             for n in (1, 2, 3):
                 request = GenerationRequest("warm-up", (0, 0), replace(sampling, n=n))
                 await asyncio.gather(*(self._finish(seq) for seq in make_sequences(request, self.info, -n)))
-        except Exception:  # what cannot be warmed up may still serve other requests
+        except Exception as error:  # what cannot be warmed up may still serve other requests
+            if self.llm.errored:
+                raise EngineStartError("vLLM died at its first request; its log says why") from error
             log.warning("vLLM failed at a first request", exc_info=True)
 
     def close(self) -> None:
