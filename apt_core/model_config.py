@@ -81,3 +81,9 @@ class GenerationConfig:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+
+    @property
+    def sampling_defaults(self) -> dict[str, float | int]:
+        """The sampling defaults that the checkpoint states, by name."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

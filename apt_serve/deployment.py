@@ -23,6 +23,7 @@ from apt_core.config import parse
 from apt_core.errors import AptError
 from apt_serve.config import ServerConfig
 from apt_serve.config_file import HttpOptions
+from apt_serve.engine.config import EngineConfig
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -56,6 +57,8 @@ class Replica:
         from apt_serve.server import Server, log_to_stderr
 
         log_to_stderr()
+        # vLLM's processes are no actors: without it they could not ask this cluster for workers on other nodes.
+        os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         server = Server(self._config, is_behind_serve=True)
         await server.start()
         self._server = server
@@ -148,9 +151,18 @@ def _actor_options(config: ServerConfig) -> dict[str, Any]:
         "num_cpus": 0.1,
     }
     if config.model.device == "cuda" or (config.model.device == "auto" and _has_gpus()):
-        # The replica and its ranks, which are its own processes, share what Ray gives the replica.
-        options["num_gpus"] = config.model.tensor_parallel_size
+        options["num_gpus"] = _num_gpus(config.model)
     return options
+
+
+def _num_gpus(model: EngineConfig) -> int:
+    """GPUs of a replica: all that its engine splits a model over, unless that engine asks Ray for them by itself.
+
+    Ranks are processes of the replica and share what Ray gives it.
+    """
+    if model.vllm_args.get("distributed_executor_backend") == "ray":
+        return 0
+    return model.num_workers
 
 
 def _has_gpus() -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from apt_core.errors import ConfigError
 from apt_serve.engine.client import FinishReason, GenerationRequest, TokenLogprobs
 from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
 from apt_serve.engine.engine import Engine, SequenceDelta
@@ -60,7 +61,10 @@ class LLM:
     """
 
     def __init__(self, source: str = EMBEDDED_MODEL, **settings: Any) -> None:
-        self.engine = Engine(EngineConfig(source=source, **settings))
+        config = EngineConfig(source=source, **settings)
+        if config.engine != "native":
+            raise ConfigError("LLM runs the native engine; vLLM has a class LLM of its own", field="engine")
+        self.engine = Engine(config)
         self.model = self.engine.model
         self.tokenizer = self.model.tokenizer
 

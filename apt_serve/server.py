@@ -10,7 +10,7 @@ from apt_serve.api.app import create_app
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.api.state import ApiState, Phase
 from apt_serve.config import ServerConfig
-from apt_serve.engine.async_engine import AsyncEngine
+from apt_serve.engine.factory import make_engine
 
 
 class Server:
@@ -18,11 +18,14 @@ class Server:
 
     The runner starts and stops it, not the application's ASGI lifespan: so the runner sees why a model cannot be
     loaded, and can drain while it still listens.
+
+    Raises:
+        ConfigError: the engine is not installed.
     """
 
     def __init__(self, config: ServerConfig, *, is_behind_serve: bool = False) -> None:
         metrics = PrometheusMetrics(config.model.served_name)
-        engine = AsyncEngine(config.model, metrics)
+        engine = make_engine(config.model, metrics)
         self.app: FastAPI = create_app(config, engine, metrics, runs_engine=False, is_behind_serve=is_behind_serve)
         self._state: ApiState = self.app.state.api
 

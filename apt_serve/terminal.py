@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apt_serve.engine.async_engine import AsyncEngine
 from apt_serve.engine.client import EngineClient, GenerationRequest
 from apt_serve.engine.config import EngineConfig
+from apt_serve.engine.factory import make_engine
 from apt_serve.engine.sampling_params import SamplingParams
 
 
@@ -20,7 +20,7 @@ def run(config: EngineConfig, prompt: str | Sequence[dict[str, Any]], sampling: 
     Raises:
         AptError: the model cannot be loaded, or the prompt cannot be served.
     """
-    return asyncio.run(_run(AsyncEngine(config), prompt, sampling))
+    return asyncio.run(_run(make_engine(config), prompt, sampling))
 
 
 async def _run(engine: EngineClient, prompt: str | Sequence[dict[str, Any]], sampling: Mapping[str, Any]) -> int:

@@ -11,16 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from apt_core.checkpoint import open_checkpoint
+from apt_core.checkpoint.export import WEIGHTS, hf_documents
 from apt_core.checkpoint.gguf_import import CONFIG, TOKENIZER, TOKENIZER_CONFIG, import_gguf
 from apt_core.checkpoint.hf_config import parse_model_config
 from apt_core.document import Document
 from apt_core.registry import build_model
 from apt_kernels.cache import cache_folder
 from apt_serve.engine.config import EMBEDDED_MODEL
-from benchmarks.peers.weights import hf_documents
 
 RANDOM = "random:"
-WEIGHTS = "model.safetensors"
 
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -87,7 +86,7 @@ def resolve(source: str) -> str:
         raise SystemExit(f"{source}: no such shape; there are {', '.join(RANDOM + known for known in SHAPES)}")
     folder = cache_folder() / "benchmarks" / f"random-{name}"
     if not folder.is_dir():
-        tokenizer = hf_documents(import_gguf(open_checkpoint(EMBEDDED_MODEL).path).documents)
+        tokenizer = hf_documents(import_gguf(open_checkpoint(EMBEDDED_MODEL).path).documents, torch.bfloat16)
         write_random(folder, SHAPES[name], {file: tokenizer[file] for file in (TOKENIZER, TOKENIZER_CONFIG)})
     return str(folder)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import math
 import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 
+from apt_serve.engine.admission import Admission
 from apt_serve.engine.client import (
     Capability,
-    EngineOverloadedError,
     EngineStats,
     EngineStoppedError,
     GenerationFailedError,
@@ -51,13 +50,8 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="apt-engine", daemon=True)
         self._started: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._idle = asyncio.Event()
-        self._refusal: str | None = None
-        """Why no new requests are taken: shutting down, or dead."""
+        self._admission = Admission()
         self._progress_at = time.monotonic()
-        self._finished_at = time.monotonic()
-        self._finish_interval_s = 1.0
-        """Moving average of the time between two sequences' ends, while there is work."""
 
     @property
     def model(self) -> ModelInfo:
@@ -73,7 +67,6 @@ class AsyncEngine:
         """See EngineClient; raises what loading raises."""
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.create_future()
-        self._idle.set()
         self._thread.start()
         await self._started
         gc.collect()
@@ -81,10 +74,10 @@ class AsyncEngine:
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """See EngineClient."""
-        self._refusal = "The engine is shutting down."
+        self._admission.close("The engine is shutting down.")
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                await self._idle.wait()
+                await self._admission.wait_idle()
         for seq_id in list(self._mailboxes):
             self._abort(seq_id)
         self._commands.put(None)
@@ -99,7 +92,7 @@ class AsyncEngine:
         """See EngineClient."""
         engine = self._require_engine()
         engine.check(request)
-        self._admit(request.sampling.n)
+        self._admission.admit(request.sampling.n, engine.model.max_num_choices)
         mailbox = Mailbox(request.sampling.n)
         sequences = engine.sequences_of(request)
         for seq in sequences:
@@ -134,26 +127,10 @@ class AsyncEngine:
             raise EngineStoppedError("The engine has not started.")
         return self._engine
 
-    def _admit(self, num_sequences: int) -> None:
-        """Refuse when stopping, dead or full. A request of n choices takes n places."""
-        if self._refusal is not None:
-            raise EngineStoppedError(self._refusal)
-        num_unfinished = len(self._mailboxes)
-        capacity = self.model.max_num_choices
-        if num_unfinished + num_sequences > capacity:
-            excess = num_unfinished + num_sequences - capacity
-            retry_after_s = min(max(math.ceil(excess * self._finish_interval_s), 1), 60)
-            raise EngineOverloadedError(
-                f"{num_unfinished} generations are running or waiting, {capacity} is the limit; "
-                f"try again in {retry_after_s} s.",
-                retry_after_s=retry_after_s,
-            )
-
     def _submit(self, seq: Sequence, mailbox: Mailbox) -> None:
         if not self._mailboxes:
-            self._progress_at = self._finished_at = time.monotonic()
+            self._progress_at = time.monotonic()
         self._mailboxes[seq.seq_id] = mailbox
-        self._idle.clear()
         self._commands.put(lambda engine: self._add(engine, seq))
 
     def _abort(self, seq_id: str) -> None:
@@ -170,27 +147,20 @@ class AsyncEngine:
             mailbox.put(delta.output)
             if delta.output.finish_reason is not None:
                 del self._mailboxes[delta.seq_id]
-                self._note_finish()
-
-    def _note_finish(self) -> None:
-        now = time.monotonic()
-        self._finish_interval_s += 0.1 * (now - self._finished_at - self._finish_interval_s)
-        self._finished_at = now
-        if not self._mailboxes:
-            self._idle.set()
+                self._admission.finish()
 
     def _fail_one(self, seq_id: str, error: Exception) -> None:
         """On the loop: a sequence never got into the engine."""
         self._mailboxes.pop(seq_id).fail(error)
-        self._note_finish()
+        self._admission.finish()
 
     def _fail_all(self, error: Exception) -> None:
         """On the loop: no sequence will get anything any more."""
-        self._refusal = str(error)
+        self._admission.close(str(error))
         for mailbox in self._mailboxes.values():
             mailbox.fail(error)
+        self._admission.finish(len(self._mailboxes))
         self._mailboxes.clear()
-        self._idle.set()
 
     # The rest runs on the engine's thread.
 

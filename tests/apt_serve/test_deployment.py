@@ -128,6 +128,20 @@ class TestApplication:
         config = ServerConfig(EngineConfig(device="cuda", tensor_parallel_size=4))
         assert self.options(deployment, config).ray_actor_options["num_gpus"] == 4
 
+    @pytest.mark.parametrize(("executor", "num_gpus"), [(None, 6), ("ray", 0)])
+    def test_a_replica_whose_model_is_split_asks_for_all_of_its_gpus(
+        self, deployment: Any, executor: str | None, num_gpus: int
+    ) -> None:
+        """Unless its engine asks Ray for them by itself, as it does across nodes."""
+        model = EngineConfig(
+            engine="vllm",
+            device="cuda",
+            tensor_parallel_size=2,
+            pipeline_parallel_size=3,
+            vllm_args={"distributed_executor_backend": executor} if executor else {},
+        )
+        assert self.options(deployment, ServerConfig(model)).ray_actor_options["num_gpus"] == num_gpus
+
 
 class FakeServer:
     """Stands where a replica keeps its server."""

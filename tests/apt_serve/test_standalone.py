@@ -39,7 +39,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedEngine]:
     loggers = [logging.getLogger(name) for name in ("apt_core", "apt_kernels", "apt_serve")]
     before = [(logger, logger.level, logger.handlers, logger.propagate) for logger in loggers]
     scripted = DrainingEngine(NullMetrics())
-    monkeypatch.setattr(server, "AsyncEngine", lambda config, metrics: scripted)
+    monkeypatch.setattr(server, "make_engine", lambda config, metrics: scripted)
     yield scripted
     for logger, level, handlers, propagate in before:
         logger.level, logger.handlers, logger.propagate = level, handlers, propagate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from benchmarks.peers.process import Command, Line, RunError, run
 from benchmarks.peers.report import Metric, median_limits, metrics, print_report, table_rows
 from benchmarks.peers.setup import Setup, SetupError
 from benchmarks.peers.vllm import Vllm
-from benchmarks.peers.weights import hf_documents, shared_weights
+from benchmarks.peers.weights import shared_weights
 from benchmarks.peers.workload import Figures, Job, Observed, Sample, Workload, figures, medians, random_prompts
 
 WORKLOAD = Workload(batches=(1, 4), prompt_len=128, output_len=16, repeats=1)
@@ -346,37 +345,12 @@ def test_python_peers_run_in_environments_of_their_own(tmp_path: Path) -> None:
         assert command.environment["OMP_NUM_THREADS"] == "2"
 
 
-def test_documents_are_completed_for_transformers() -> None:
-    config = {"architectures": ["LlamaForCausalLM"], "rope_parameters": {"rope_theta": 1e5}, "torch_dtype": "float32"}
-    documents = {
-        "config.json": json.dumps(config),
-        "generation_config.json": "{}",
-        "tokenizer.json": "{}",
-        "tokenizer_config.json": '{"eos_token": "<end>"}',
-    }
-    written = {name: json.loads(text) for name, text in hf_documents(documents).items()}
-    assert written["config.json"]["model_type"] == "llama"
-    assert written["config.json"]["rope_theta"] == 1e5
-    assert written["config.json"]["torch_dtype"] == "bfloat16"
-    assert written["tokenizer_config.json"] == {
-        "eos_token": "<end>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-
-
-def test_the_embedded_model_becomes_a_folder_that_transformers_reads_alike(tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
-
-    from apt_core.checkpoint import open_checkpoint
-
+def test_the_embedded_model_is_written_once(tmp_path: Path) -> None:
     weights = shared_weights("smollm2-135m-instruct", tmp_path)
     written = (weights.hf_folder / "model.safetensors").stat().st_mtime_ns
     assert shared_weights("smollm2-135m-instruct", tmp_path) == weights
     assert (weights.hf_folder / "model.safetensors").stat().st_mtime_ns == written
-    text = "Rivers: 1. the Nile,\n\t2. l'Oise"
-    own = open_checkpoint("smollm2-135m-instruct").tokenizer.encode(text)
-    assert AutoTokenizer.from_pretrained(weights.hf_folder)(text)["input_ids"] == list(own)
-    assert AutoConfig.from_pretrained(weights.hf_folder).num_hidden_layers == 30
+    assert weights.hf_folder.parent == tmp_path
 
 
 def shared_checkpoint_config():

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,18 +15,10 @@ import pytest
 import websockets
 
 from tests.apt_serve.api.conftest import Endpoint
+from tests.serving.contract import CONTRACT, check_contract
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
-CONTRACT = (
-    "test_openai_client.py",
-    "test_bad_requests.py",
-    "test_completions.py",
-    "test_chat.py",
-    "test_simple.py",
-    "test_websocket.py",
-)
 LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "temperature": 0, "ignore_eos": True}
 
 
@@ -76,11 +64,7 @@ async def stream_text(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("file", CONTRACT)
 def test_the_contract_of_the_api_holds(serve_app: Endpoint, file: str) -> None:
-    path = ROOT / "tests" / "apt_serve" / "api" / file
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
-    environment = os.environ | {"APT_TEST_BASE_URL": serve_app.base_url}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-6000:]
+    check_contract(serve_app.base_url, file)
 
 
 async def test_sixty_four_concurrent_streams_get_what_each_gets_alone(

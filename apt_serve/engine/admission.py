@@ -1,0 +1,61 @@
+"""Who may come in: an engine's unfinished sequences against their limit."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+
+from apt_serve.engine.client import EngineOverloadedError, EngineStoppedError
+
+
+class Admission:
+    """Counts unfinished sequences, where their number is exact: on the event loop, the only place to use it."""
+
+    def __init__(self) -> None:
+        self.num_unfinished = 0
+        self._refusal: str | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._finished_at = time.monotonic()
+        self._finish_interval_s = 1.0
+        """Moving average of the time between two sequences' ends, while there is work."""
+
+    def admit(self, num_sequences: int, capacity: int) -> None:
+        """Count a request's sequences in, all of them or none.
+
+        Raises:
+            EngineStoppedError: ``close`` was called.
+            EngineOverloadedError: together with those that run and wait they would be more than ``capacity``.
+        """
+        if self._refusal is not None:
+            raise EngineStoppedError(self._refusal)
+        excess = self.num_unfinished + num_sequences - capacity
+        if excess > 0:
+            retry_after_s = min(max(math.ceil(excess * self._finish_interval_s), 1), 60)
+            raise EngineOverloadedError(
+                f"{self.num_unfinished} generations are running or waiting, {capacity} is the limit; "
+                f"try again in {retry_after_s} s.",
+                retry_after_s=retry_after_s,
+            )
+        if not self.num_unfinished:
+            self._finished_at = time.monotonic()
+        self.num_unfinished += num_sequences
+        self._idle.clear()
+
+    def finish(self, num_sequences: int = 1) -> None:
+        """Count sequences out that have ended, however they did."""
+        now = time.monotonic()
+        self._finish_interval_s += 0.1 * (now - self._finished_at - self._finish_interval_s)
+        self._finished_at = now
+        self.num_unfinished -= num_sequences
+        if not self.num_unfinished:
+            self._idle.set()
+
+    def close(self, refusal: str) -> None:
+        """Let nobody in any more, and say why."""
+        self._refusal = refusal
+
+    async def wait_idle(self) -> None:
+        """Return once every sequence has ended."""
+        await self._idle.wait()
