@@ -35,7 +35,8 @@ Start = Callable[[int, Path], AbstractContextManager[subprocess.Popen[str]]]
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in data.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        is_section = isinstance(value, dict) and value  # an empty one is the default of a setting
+        leaves |= flat(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return leaves
 
 
