@@ -89,8 +89,8 @@ def test_what_belongs_to_the_other_engine_is_refused_by_name() -> None:
         assert refusal(EngineConfig, engine="vllm", **given) == f"{next(iter(given))}: does not apply to engine vllm"
     assert refusal(EngineConfig, engine="vllm", dtype="float64").startswith("dtype: ")
     assert refusal(EngineConfig, vllm_args={"seed": 1}) == "vllm_args: does not apply to engine native"
+    assert refusal(EngineConfig, pipeline_parallel_size=2) == "pipeline_parallel_size: does not apply to engine native"
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        assert refusal(EngineConfig, **{name: 2}) == f"{name}: does not apply to engine native"
         assert refusal(EngineConfig, engine="vllm", **{name: 0}).startswith(f"{name}: ")
 
 
