@@ -24,9 +24,9 @@ class Packed:
 
 
 def pack(documents: Iterable[Document], num_tokens: int, max_documents: int, *, cut: bool) -> Iterator[Packed]:
-    """Pack documents in their order. Each prediction (a token and the one that follows it) is in exactly one micro-batch.
+    """Pack documents in order. Each prediction (of a token by the one before it) is in exactly one micro-batch.
 
-    A micro-batch holds documents of one epoch. With ``cut`` a document that does not fit fills the micro-batch and goes on
+    A micro-batch holds one epoch only. With ``cut`` a document that does not fit fills the micro-batch and goes on
     in the next; without, it moves to the next whole, unless it is longer than T.
     """
     open_batch, end, epoch = _OpenBatch(num_tokens, max_documents), Position(), None

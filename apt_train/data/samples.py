@@ -49,7 +49,7 @@ def read_sample(record: Record, config: DataConfig, tokenizer: Tokenizer) -> Sam
 def render_messages(messages: Any, config: DataConfig, tokenizer: Tokenizer) -> Sample:
     """Messages as the chat template spells them.
 
-    With ``loss_on: assistant`` each turn of the assistant is a scored segment. What comes before is tokenized by itself,
+    With ``loss_on: assistant`` each turn of the assistant is a scored segment. What comes before is tokenized apart,
     just as a server tokenizes the prompt whose answer the turn is.
 
     Raises:
