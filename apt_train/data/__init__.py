@@ -1,4 +1,4 @@
-"""From files to packed micro-batches: streamed, shuffled and tokenized in the background, resumable at any micro-batch."""
+"""From files to packed micro-batches: streamed, shuffled, tokenized in the background, resumable anywhere."""
 
 from apt_train.data.batch import UNSCORED, MicroBatch
 from apt_train.data.config import DataConfig

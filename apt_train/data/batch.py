@@ -14,7 +14,7 @@ UNSCORED = -100
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """T packed tokens of several documents, none of which sees another. All shapes are the same in every micro-batch."""
+    """T packed tokens of several documents, none of which sees another. Every micro-batch has the same shapes."""
 
     input_ids: torch.Tensor
     """[T] int64."""

@@ -24,7 +24,7 @@ _POLL_S = 0.1
 _FREE_FIELDS = frozenset(
     {"paths", "validation_paths", "epochs", "prefetch", "micro_batch_tokens", "max_documents", "cut_documents"}
 )
-"""Settings that may change at a resume: they leave the order of documents as it is. Files are compared by themselves."""
+"""Settings that may change at a resume: the order of documents stays as it is. Files are compared by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class DataLoader:
         return ready.batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The place behind what was handed out: the same on all ranks that took equally many, and good for any number."""
+        """The place behind what was handed out: the same on all ranks that took equally many, good for any number."""
         return {
             "epoch": self._position.epoch,
             "micro_batches": self._num_consumed,
@@ -134,7 +134,7 @@ class DataLoader:
             self._reader = None
 
     def _groups(self) -> Iterator[_Ready]:
-        """This rank's share of each group of ``num_ranks`` micro-batches; the last group is filled up with empty ones."""
+        """This rank's share of each group of ``num_ranks`` micro-batches; empty ones fill up the last group."""
         return _groups(self._stream, self._position, self._config, self._rank, self._num_ranks)
 
 

@@ -6,7 +6,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from apt_core.tokenizer import HFTokenizer
 from apt_core.tokenizer.chat_template import ChatTemplate
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @pytest.fixture(scope="session")

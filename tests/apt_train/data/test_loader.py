@@ -1,5 +1,6 @@
 """The order of tokens depends on seed, files and settings only; every prediction is in it once an epoch."""
 
+import itertools
 import json
 import tracemalloc
 from collections import Counter
@@ -26,7 +27,7 @@ def loader(config, tokenizer, **more):
 def sequences(batch):
     """Inputs and labels of each sequence; padding is left out."""
     bounds = batch.cu_seqlens.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         if end > begin and (batch.labels[begin:end] != UNSCORED).any():
             yield batch.input_ids[begin:end].tolist(), batch.labels[begin:end].tolist()
 
@@ -81,7 +82,7 @@ def test_every_prediction_is_there_once_an_epoch(folder, tokenizer, fields):
     expected = Counter()
     for text in texts:
         ids = [*tokenizer.encode(text), END]
-        expected.update(zip(ids, ids[1:], strict=False))
+        expected.update(itertools.pairwise(ids))
     found = Counter(predictions(loader(config, tokenizer)))
     assert found == Counter({pair: count * config.epochs for pair, count in expected.items()})
 
@@ -135,8 +136,8 @@ def test_epochs_and_seeds_differ_in_order_only(folder, tokenizer):
 def test_packed_documents_get_the_hidden_states_they_get_alone(folder, tokenizer):
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
+        vocab_size=257, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2,
+        num_kv_heads=1, architecture="LlamaForCausalLM", rms_norm_eps=1e-5, head_dim=8, max_position_embeddings=64,
     )  # fmt: skip
     model = build_model(config).eval()
     for parameter in model.parameters():
@@ -146,7 +147,7 @@ def test_packed_documents_get_the_hidden_states_they_get_alone(folder, tokenizer
     with torch.no_grad():
         packed = model(model.embed(batch.input_ids), batch.positions, batch.metadata())
         bounds = batch.cu_seqlens.tolist()
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             if end > begin:
                 ids = batch.input_ids[begin:end]
                 alone = model(
@@ -212,7 +213,7 @@ def test_bad_settings_are_refused_before_training(folder, tokenizer, fields, fie
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(folder, tokenizer):
-    with pytest.raises(ConfigError, match="model.tokenizer"):
+    with pytest.raises(ConfigError, match=r"model\.tokenizer"):
         loader(config_of(folder), tokenizer, vocab_size=200)
 
 
@@ -220,7 +221,7 @@ def test_empty_files_are_refused(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "b.jsonl").write_text("\n\n")
     for name in ("a.txt", "b.jsonl"):
-        with pytest.raises(ConfigError, match="data.paths"):
+        with pytest.raises(ConfigError, match=r"data\.paths"):
             loader(DataConfig(paths=(str(tmp_path / name),)), tokenizer)
 
 
@@ -233,7 +234,7 @@ def test_a_resume_in_another_order_is_refused(folder, tokenizer):
 @pytest.mark.parametrize("unit", ["file", "paragraph"])
 def test_text_is_read_whole_from_any_place_and_never_cuts_a_character(tmp_path, unit, monkeypatch):
     monkeypatch.setattr("apt_train.data.sources.MAX_TEXT_BYTES", 10)
-    text = "één alinea\n\nзачем\nещё 日本語日本語日本語\n \n\n🙂🙂🙂🙂 last"
+    text = "één alinea\n\nfür\nñandú 日本語日本語日本語\n \n\n🙂🙂🙂🙂 last"
     (tmp_path / "a.txt").write_text(text)
     config = DataConfig(paths=(f"{tmp_path}/a.txt",), text_documents=unit)
     (file,) = find_files(config.paths, config, field="data.paths")
