@@ -126,7 +126,11 @@ def _read_text(file: SourceFile, begin: int, config: DataConfig) -> Iterator[Rec
                 cut = _whole_characters(piece) if config.encoding == "utf-8" else len(piece)
                 if piece[:cut].strip():
                     yield Record(file, begin, begin + cut, bytes(piece[:cut]), cut)
-                begin, piece = begin + cut, piece[cut:]
+                begin += cut
+                if cut < len(piece):
+                    # Read again what was cut off, so that what follows depends on the place alone.
+                    stream.seek(begin)
+                piece.clear()
         if piece.strip():
             yield Record(file, begin, begin + len(piece), bytes(piece), len(piece))
 
