@@ -139,7 +139,7 @@ def test_packed_documents_get_the_hidden_states_they_get_alone(folder, tokenizer
         vocab_size=257, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2,
         num_kv_heads=1, architecture="LlamaForCausalLM", rms_norm_eps=1e-5, head_dim=8, max_position_embeddings=64,
     )  # fmt: skip
-    model = build_model(config).to_empty(device="cpu").eval()
+    model = build_model(config, "cpu").eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     batch = next(loader(config_of(folder), tokenizer))
