@@ -41,7 +41,7 @@ class FolderWriter:
         (self.folder / name).write_text(text, encoding="utf-8")
 
     def close(self) -> None:
-        """Write what is kept; several files get an index. Called at the end, and before that if the weights are read."""
+        """Write what is kept; several files get an index. To be called earlier only where the weights are read."""
         if self._is_closed:
             return
         self._is_closed = True

@@ -1,4 +1,4 @@
-"""`apt-train quantize`: a checkpoint in fewer bits, in the compressed-tensors layout, and a report of what that cost."""
+"""`apt-train quantize`: a checkpoint in fewer bits (compressed-tensors), and a report of what that cost."""
 
 from apt_train.quantize.report import QuantizationReport
 from apt_train.quantize.run import quantize

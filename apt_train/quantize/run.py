@@ -24,7 +24,7 @@ from apt_core.perplexity import measure
 from apt_core.registry import build_model
 from apt_train.quantize.gptq import quantize_gptq
 from apt_train.quantize.layers import LayerSource, Stream
-from apt_train.quantize.report import NAME, LayerError, QuantizationReport, Quality, Size
+from apt_train.quantize.report import NAME, LayerError, Quality, QuantizationReport, Size
 from apt_train.quantize.rounding import Rounder
 from apt_train.quantize.settings import QuantizeSettings
 from apt_train.quantize.simulate import SimulatedLinear, simulate

@@ -37,7 +37,7 @@ class GPTQSettings:
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a part of its mean."""
     act_order: bool = True
-    """Round the inputs with the largest activations first. Groups stay runs of neighbours, so the layout is the same."""
+    """Round the inputs with the largest activations first. Groups stay runs of neighbours: the layout is the same."""
     block: int = 128
     """Inputs after which an error reaches all that are still to be rounded. The result hardly depends on it."""
 

@@ -28,7 +28,7 @@ class InputStatistics:
 
     @property
     def samples(self) -> torch.Tensor:
-        """[NUM_SAMPLES or so, in], evenly spread; the first token of a window, whose activations stand out, included."""
+        """[NUM_SAMPLES or so, in], evenly spread, with the first token of each window, whose activations stand out."""
         return torch.cat(self._samples)
 
     def add(self, x: torch.Tensor) -> None:
