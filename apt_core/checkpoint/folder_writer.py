@@ -50,7 +50,7 @@ class FolderWriter:
         if len(self._shards) == 1:
             self._path(0).rename(self.folder / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for index, names in enumerate(self._shards):
             final = f"model-{index + 1:05d}-of-{len(self._shards):05d}.safetensors"
             self._path(index).rename(self.folder / final)

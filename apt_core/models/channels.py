@@ -34,7 +34,7 @@ class Junction:
 
     def largest(self, per_input: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., channels], the largest of each channel's inputs."""
-        heads = per_input.unflatten(-1, (-1, self.repeats, self.head_dim))
+        heads: torch.Tensor = per_input.unflatten(-1, (-1, self.repeats, self.head_dim))
         return heads.amax(-2).flatten(-2)
 
     @torch.no_grad()

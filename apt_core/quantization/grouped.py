@@ -18,7 +18,8 @@ SCALE_DTYPE = torch.bfloat16
 
 def symmetric_scales(groups: torch.Tensor) -> torch.Tensor:
     """Of weights [..., group size], [...] float32: the largest magnitude lies at 7.5 of 7 or 8 steps."""
-    return (groups.abs().amax(-1) / (ZERO - 0.5)).to(SCALE_DTYPE).float()
+    scales: torch.Tensor = groups.abs().amax(-1) / (ZERO - 0.5)
+    return scales.to(SCALE_DTYPE).float()
 
 
 def symmetric_codes(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from apt_core.quantization import GroupedWeight
-from apt_core.quantization.grouped import grouped_weight, symmetric_codes, symmetric_scales
+from apt_core.quantization.grouped import ZERO, grouped_weight, symmetric_codes, symmetric_scales
 from apt_train.quantize.settings import GPTQSettings
 
 MAX_DAMPING = 1.0
@@ -51,7 +51,8 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
         damping *= 10
     if fault:
         raise ValueError("the Hessian is no sum of squares: are the activations finite?")
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+    inverse: torch.Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    return inverse.float()
 
 
 class _Rounding:
@@ -74,7 +75,7 @@ class _Rounding:
         scales = self.scales[:, group]
         codes = symmetric_codes(weight[:, column], scales)
         self.codes[:, column] = codes.to(torch.uint8)
-        return (codes - 8) * scales
+        return (codes - ZERO) * scales
 
 
 def _round_block(weight: torch.Tensor, block: slice, inverse: torch.Tensor, rounding: _Rounding) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ class LayerError:
     weight_error: float
     """Norm of the change of the weights over that of the weights, both after smoothing."""
     output_error: float
-    """The same of the outputs, inputs rounded as a server rounds them, over tokens of the calibration."""
+    """Of a token's output, relative, root mean square over tokens of the calibration; inputs rounded as a server does."""
     smoothing: float
     """SmoothQuant's strength; 0 where channels are as they were."""
 
@@ -103,6 +104,6 @@ class QuantizationReport:
         )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = [header, ("---",) * len(header), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]

@@ -109,7 +109,8 @@ class _Quantizer:
 
     def _quantize_layer(self, layer: DecoderLayer, stream: Stream, prefix: str) -> dict[str, WritableWeight]:
         """The stored weights of a layer, by their names within it."""
-        found, stored = junctions(layer), {}
+        found = junctions(layer)
+        stored: dict[str, WritableWeight] = {}
         with recorded(found, len(stream.hidden), has_hessian=self._settings.uses_gptq) as statistics:
             stream.look(layer)
         strengths = [0.0] * len(found)
@@ -131,7 +132,8 @@ class _Quantizer:
             return {name: self._rounder.round(reader.weight, seen.largest) for name, reader in readers.items()}
         together = torch.cat([reader.weight for reader in readers.values()])
         weight = quantize_gptq(together, seen.hessian, self._settings.group_size, self._settings.gptq)
-        first, parts = 0, {}
+        parts: dict[str, WritableWeight] = {}
+        first = 0
         for name, reader in readers.items():
             parts[name] = weight.narrow(0, first, reader.out_features)
             first += reader.out_features

@@ -54,7 +54,7 @@ def _factors(junction: Junction, statistics: InputStatistics, strength: float, d
 
 
 def _error(junction: Junction, statistics: InputStatistics, rounder: Rounder, factors: torch.Tensor | None) -> float:
-    """Sum over the readers of the outputs' relative squared errors."""
+    """Sum over the readers of their squared ``output_error``."""
     samples, scale, largest = statistics.samples, torch.ones(()), statistics.largest
     if factors is not None:
         scale = junction.per_input(factors)
@@ -66,8 +66,13 @@ def _error(junction: Junction, statistics: InputStatistics, rounder: Rounder, fa
 
 
 def output_error(x: torch.Tensor, stored: StoredWeight, exact_x: torch.Tensor, reader: nn.Linear) -> float:
-    """Of a layer's outputs without bias, relative: what a server makes of inputs x, against the reader's own."""
+    """Of a layer's outputs without bias: what a server makes of inputs x [T, in], against the reader's own.
+
+    Root mean square over the tokens of the error relative to the token's output: some first tokens have activations
+    hundreds of times as large as all others, which must not decide alone.
+    """
     exact = exact_x @ reader.weight.T
     found = rounded_inputs(x, stored) @ stored.dequantize().T
-    norm = exact.norm().item()
-    return (found - exact).norm().item() / norm if norm else 0.0
+    norms = exact.norm(dim=1)
+    relative = ((found - exact).norm(dim=1) / norms)[norms > 0]
+    return relative.square().mean().sqrt().item() if len(relative) else 0.0
