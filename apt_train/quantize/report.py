@@ -20,7 +20,7 @@ class LayerError:
     weight_error: float
     """Norm of the change of the weights over that of the weights, both after smoothing."""
     output_error: float
-    """Of a token's output, relative, root mean square over tokens of the calibration; inputs rounded as a server does."""
+    """Of a token's output, relative, root mean square over tokens of the calibration; inputs rounded as servers do."""
     smoothing: float
     """SmoothQuant's strength; 0 where channels are as they were."""
 

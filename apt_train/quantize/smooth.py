@@ -12,7 +12,7 @@ from apt_train.quantize.rounding import Rounder
 from apt_train.quantize.simulate import rounded_inputs
 from apt_train.quantize.statistics import InputStatistics
 
-STRENGTHS = (0.25, 0.5, 0.75)
+STRENGTHS = (0.3, 0.5, 0.65, 0.8, 0.9)
 """Parts of an input's range that are moved, of which the one with the least error is taken, if any lessens it."""
 SMALLEST = 1e-5
 """Ranges below it count as it: an input that is always 0 has no range to move."""
