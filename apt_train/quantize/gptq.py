@@ -28,15 +28,15 @@ def quantize_gptq(
     if settings.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     inverse = inverse_factor(hessian[order][:, order], settings.damping)
-    weight = weight.detach().float()[:, order].clone()
-    rounding = _Rounding(weight, order // group_size, group_size, is_static=settings.act_order)
+    rows = weight.detach().float().T[order].contiguous()  # [in, out]: an input's weights lie side by side
+    rounding = _Rounding(rows, order // group_size, group_size, is_static=settings.act_order)
     for first in range(0, num_inputs, settings.block):
         block = slice(first, min(first + settings.block, num_inputs))
-        errors = _round_block(weight, block, inverse, rounding)
-        weight[:, block.stop :] -= errors @ inverse[block, block.stop :]
+        errors = _round_block(rows, block, inverse, rounding)
+        rows[block.stop :].addmm_(inverse[block, block.stop :].T, errors, alpha=-1)
     codes = torch.empty_like(rounding.codes)
-    codes[:, order] = rounding.codes
-    return grouped_weight(codes, rounding.scales)
+    codes[order] = rounding.codes
+    return grouped_weight(codes.T.contiguous(), rounding.scales.T.contiguous())
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -56,37 +56,37 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 class _Rounding:
-    """Codes and scales, made column by column in the order in which inputs are rounded."""
+    """Codes [in, out] and scales [groups, out], made input by input in the order in which these are rounded."""
 
-    def __init__(self, weight: torch.Tensor, groups: torch.Tensor, group_size: int, *, is_static: bool) -> None:
+    def __init__(self, rows: torch.Tensor, groups: torch.Tensor, group_size: int, *, is_static: bool) -> None:
         """Static: scales are those of the weights as they were; else of the weights when a group is begun."""
-        self.codes = torch.empty_like(weight, dtype=torch.uint8)
-        self.scales = torch.empty(len(weight), weight.shape[1] // group_size)
+        self.codes = torch.empty_like(rows, dtype=torch.uint8)
+        self.scales = torch.empty(len(rows) // group_size, rows.shape[1])
         self._groups, self._group_size, self._is_static = groups.tolist(), group_size, is_static
         if is_static:
-            for group in range(self.scales.shape[1]):
-                self.scales[:, group] = symmetric_scales(weight[:, groups == group])
+            for group in range(len(self.scales)):
+                self.scales[group] = symmetric_scales(rows[groups == group].T)
 
-    def round(self, weight: torch.Tensor, column: int) -> torch.Tensor:
-        """Values [out] that a column of weights is rounded to."""
-        group = self._groups[column]
-        if not self._is_static and column % self._group_size == 0:
-            self.scales[:, group] = symmetric_scales(weight[:, column : column + self._group_size])
-        scales = self.scales[:, group]
-        codes = symmetric_codes(weight[:, column], scales)
-        self.codes[:, column] = codes.to(torch.uint8)
+    def round(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        """Values [out] that an input's weights are rounded to."""
+        group = self._groups[index]
+        if not self._is_static and index % self._group_size == 0:
+            self.scales[group] = symmetric_scales(rows[index : index + self._group_size].T)
+        scales = self.scales[group]
+        codes = symmetric_codes(rows[index], scales)
+        self.codes[index] = codes.to(torch.uint8)
         return (codes - ZERO) * scales
 
 
-def _round_block(weight: torch.Tensor, block: slice, inverse: torch.Tensor, rounding: _Rounding) -> torch.Tensor:
-    """Round the columns of a block and correct those of it that follow.
+def _round_block(rows: torch.Tensor, block: slice, inverse: torch.Tensor, rounding: _Rounding) -> torch.Tensor:
+    """Round the inputs of a block and correct those of it that follow.
 
     Returns:
-        [out, block] errors, each divided by its column's pivot.
+        [block, out] errors, each divided by its input's pivot.
     """
-    errors = torch.empty(len(weight), block.stop - block.start)
-    for column in range(block.start, block.stop):
-        error = (weight[:, column] - rounding.round(weight, column)) / inverse[column, column]
-        weight[:, column : block.stop] -= torch.outer(error, inverse[column, column : block.stop])
-        errors[:, column - block.start] = error
+    errors = torch.empty(block.stop - block.start, rows.shape[1])
+    for index in range(block.start, block.stop):
+        error = (rows[index] - rounding.round(rows, index)) / inverse[index, index]
+        rows[index : block.stop].addr_(inverse[index, index : block.stop], error, alpha=-1)
+        errors[index - block.start] = error
     return errors

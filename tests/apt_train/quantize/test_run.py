@@ -46,7 +46,7 @@ def test_report_and_folder_agree(scheme: Any, source: Path, tmp_path: Path) -> N
     parts = [tensor.nbytes for name, tensor in tensors.items() if "proj" in name]
     assert report.size.linears == sum(parts) and len(report.layers) == 14
     assert report.size.linears_ratio < (0.3 if scheme == "w4a16" else 0.53)
-    assert all(0 < layer.output_error < 0.3 and 0 < layer.weight_error < 0.2 for layer in report.layers)
+    assert all(0 < layer.output_error < 0.3 and 0 < layer.weight_error < 0.3 for layer in report.layers)
     document = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert document["quality"]["perplexity"] == report.quality.perplexity
     assert document["settings"]["scheme"] == scheme
@@ -126,7 +126,7 @@ def test_a_gguf_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"method": "gptq"}, "method"),
         ({"scheme": "w4a16", "smoothing": True}, "smoothing"),
         ({"scheme": "w4a16", "group_size": 48}, "group_size"),
-        ({"calibration": TextSettings("/nowhere.txt")}, "calibration.text"),
+        ({"calibration": TextSettings("/nowhere.txt", length=64)}, "calibration.text"),
         ({"evaluation": TextSettings(windows=8, length=4096)}, "evaluation.length"),
         ({"calibration": TextSettings(windows=10**6, length=16)}, "calibration.windows"),
     ],
@@ -156,7 +156,7 @@ def test_an_empty_text_is_refused(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "empty.txt"
     path.write_text(" \n")
     with pytest.raises(ConfigError, match=r"^calibration\.text: .*is empty"):
-        quantize(settings(tmp_path, source, calibration=TextSettings(str(path))))
+        quantize(settings(tmp_path, source, calibration=TextSettings(str(path), length=64)))
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ConfigError, match=r"^calibration\.text: .*no UTF-8"):
-        quantize(settings(tmp_path, source, calibration=TextSettings(str(tmp_path / "latin.txt"))))
+        quantize(settings(tmp_path, source, calibration=TextSettings(str(tmp_path / "latin.txt"), length=64)))
