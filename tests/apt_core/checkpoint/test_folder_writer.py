@@ -37,7 +37,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 def test_what_is_there_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file", tmp_path / "file" / "beneath"):
-        with pytest.raises(ConfigError, match="^output: "), new_folder(path, field="output"):
+        with pytest.raises(ConfigError, match=r"^output: "), new_folder(path, field="output"):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -46,7 +46,7 @@ def test_report_and_folder_agree(scheme: Any, source: Path, tmp_path: Path) -> N
     parts = [tensor.nbytes for name, tensor in tensors.items() if "proj" in name]
     assert report.size.linears == sum(parts) and len(report.layers) == 14
     assert report.size.linears_ratio < (0.3 if scheme == "w4a16" else 0.53)
-    assert all(0 < layer.output_error < 0.3 and 0 < layer.weight_error < 0.3 for layer in report.layers)
+    assert all(0 < layer.output_error < 0.3 and 0 < layer.weight_error < 0.5 for layer in report.layers)
     document = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert document["quality"]["perplexity"] == report.quality.perplexity
     assert document["settings"]["scheme"] == scheme

@@ -20,14 +20,14 @@ OUTLIERS = [3, 77]
 
 
 def save_model(folder: Path, family: str = "llama", **config: Any) -> Path:
-    """Weights of about 0.1, norms about 1, two channels thirty times as large as the others."""
+    """Weights of about 0.1, norms before products about 1, two channels thirty times as large as the others."""
     model = save_folder(folder, family, **(SHAPE | config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("layernorm.weight"):
                 parameter.div_(10).add_(1)
                 parameter[OUTLIERS] *= 30
-            elif "layers" in name:
+            elif "norm" not in name:
                 parameter.div_(10)
     model.save_pretrained(folder)
     return folder
