@@ -75,7 +75,8 @@ class _Rounding:
         scales = self.scales[group]
         codes = symmetric_codes(rows[index], scales)
         self.codes[index] = codes.to(torch.uint8)
-        return (codes - ZERO) * scales
+        values: torch.Tensor = (codes - ZERO) * scales
+        return values
 
 
 def _round_block(rows: torch.Tensor, block: slice, inverse: torch.Tensor, rounding: _Rounding) -> torch.Tensor:
