@@ -6,6 +6,7 @@ int8, int4 and float8, one file each, are made by data-free methods, so any chec
 from __future__ import annotations
 
 from apt_core.quantization.float8 import Float8Weight, quantize_float8
+from apt_core.quantization.grouped import quantize_grouped
 from apt_core.quantization.int4 import Int4Tensor, quantize_int4
 from apt_core.quantization.int8 import Int8Tensor, quantize_int8
 from apt_core.quantization.packing import WeightPrecision, own_precision, pack_weight, pack_weights
@@ -24,6 +25,7 @@ __all__ = [
     "pack_weight",
     "pack_weights",
     "quantize_float8",
+    "quantize_grouped",
     "quantize_int4",
     "quantize_int8",
 ]

@@ -8,16 +8,14 @@ Perplexity, and greedy agreement: the share of positions of the text at which bo
 from __future__ import annotations
 
 import argparse
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from apt_core.checkpoint import Checkpoint, load_into, open_checkpoint
-from apt_core.kv_cache import allocate_kv_cache
-from apt_core.metadata import AttentionMetadata
 from apt_core.models.decoder import DecoderForCausalLM, fuse_projections, pack_linears
+from apt_core.perplexity import measure
 from apt_core.quantization import WeightPrecision
 from apt_core.registry import build_model
 from apt_kernels import ops
@@ -67,16 +65,6 @@ VARIANTS = (
 """The first is what the others are compared with."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one variant made of the text."""
-
-    loss: float
-    """Mean negative log-likelihood of the next token."""
-    choices: torch.Tensor
-    """[positions] the most likely next tokens."""
-
-
 def main() -> None:
     """Print one table per text."""
     args = _parse()
@@ -98,28 +86,9 @@ def _print_table(checkpoint: Checkpoint, windows: list[torch.Tensor], *, is_resc
     exact = measured[0]
     rows = []
     for variant, result in zip(VARIANTS, measured, strict=True):
-        ratio = math.exp(result.loss - exact.loss) - 1
-        agreement = (result.choices == exact.choices).double().mean().item()
-        rows.append([variant.name, f"{math.exp(result.loss):.3f}", f"{ratio:+.2%}", f"{agreement:.1%}"])
+        figures = f"{result.perplexity:.3f}", f"{result.over(exact):+.2%}", f"{result.agreement(exact):.1%}"
+        rows.append([variant.name, *figures])
     print_table(["weights / activations / KV", "perplexity", "over float32", "greedy agreement"], rows)
-
-
-@torch.inference_mode()
-def measure(model: DecoderForCausalLM, windows: list[torch.Tensor], kv_dtype: torch.dtype) -> Measured:
-    """Loss and choices over windows of token ids, each a sequence of its own in one KV cache of its length."""
-    losses, choices = [], []
-    for ids in windows:
-        metadata = replace(
-            AttentionMetadata.for_full_sequences([len(ids)]),
-            block_tables=torch.zeros(1, 1, dtype=torch.int32),
-            slot_mapping=torch.arange(len(ids)),
-        )
-        cache = allocate_kv_cache(model.config, num_blocks=1, block_size=len(ids), dtype=kv_dtype, device=CPU)
-        hidden = model(model.embed(ids), torch.arange(len(ids)), metadata, cache)
-        logits = model.logits(hidden[:-1]).float()
-        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:]).item())
-        choices.append(logits.argmax(-1))
-    return Measured(sum(losses) / len(losses), torch.cat(choices))
 
 
 def _windows(checkpoint: Checkpoint, text: str, count: int, length: int) -> list[torch.Tensor]:

@@ -11,8 +11,9 @@ import torch
 from apt_core.checkpoint import open_checkpoint
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
+from apt_core.perplexity import measure
 from apt_core.registry import build_model
-from benchmarks.quality.__main__ import VARIANTS, _load, _windows, measure
+from benchmarks.quality.__main__ import VARIANTS, _load, _windows
 from benchmarks.quality.rescale import rescale
 from benchmarks.quality.small import CONFIG, Training, write_small_model
 
