@@ -68,7 +68,7 @@ class OutOfMemoryRecovery:
         """Call ``attempt(num_parts)`` until it fits in memory.
 
         It must begin by clearing gradients, go forward and backward over every micro-batch in ``num_parts`` parts, and
-        divide each part's loss by the scored tokens of the whole step: any number of parts then gives the same gradient.
+        divide each part's loss by the scored tokens of the whole step: the gradient is then the same for any number.
 
         Raises:
             RestartNeededError: the step meets other ranks.

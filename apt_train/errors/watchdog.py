@@ -189,8 +189,8 @@ class Watchdog:
         if not lost:
             return None
         how = "ended without a word (killed?)" if gone else f"sent no heartbeat for {self.settings.silent_after_s:g} s"
-        steps = [other.heartbeat.step for other in self._others if other.rank in lost and other.heartbeat]
-        return Stop(f"rank {', '.join(map(str, lost))} {how}", tuple(lost), min(steps), self.rank)
+        # Its last heartbeat may be older than the step, in which this rank waits for it.
+        return Stop(f"rank {', '.join(map(str, lost))} {how}", tuple(lost), self._step, self.rank)
 
     def _stop_all(self, stop: Stop, code: ExitCode) -> None:
         """Post the stop, unless there is one, and end this process."""

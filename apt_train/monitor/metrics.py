@@ -71,7 +71,7 @@ class TensorBoardWriter:
     """Event files that TensorBoard reads."""
 
     def __init__(self, folder: Path, flush_seconds: int = 30) -> None:
-        self._writer: Any = SummaryWriter(str(folder), flush_secs=flush_seconds)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), flush_secs=flush_seconds)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """See MetricsWriter."""
@@ -98,7 +98,7 @@ class WandbWriter:
     """
 
     def __init__(
-        self, folder: Path, *, project: str, mode: Literal["offline", "online"], config: object = None
+        self, folder: Path, *, project: str, mode: Literal["offline", "online"], config: dict[str, Any] | None = None
     ) -> None:
         try:
             import wandb
@@ -148,7 +148,9 @@ class MetricsWriters:
             writer.close()
 
 
-def open_metrics(settings: MetricsSettings, folder: Path, *, rank: int, config: object = None) -> MetricsWriter:
+def open_metrics(
+    settings: MetricsSettings, folder: Path, *, rank: int, config: dict[str, Any] | None = None
+) -> MetricsWriter:
     """The writers that are asked for, in folders of the run's; rank 0 alone writes.
 
     Raises:
