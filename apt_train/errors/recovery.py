@@ -91,7 +91,8 @@ class OutOfMemoryRecovery:
 
     def _divide_further(self, error: RuntimeError) -> None:
         self.num_parts *= 2
-        log.warning("out of memory, a micro-batch has %d parts from now on: %s", self.num_parts, error)
+        # As text: a handler that keeps the error would keep the attempt's tensors.
+        log.warning("out of memory, a micro-batch has %d parts from now on: %s", self.num_parts, str(error))
         temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}")
         temporary.write_text(json.dumps({"num_parts": self.num_parts}), encoding="utf-8")
         temporary.replace(self._file)

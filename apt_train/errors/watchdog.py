@@ -158,7 +158,7 @@ class Watchdog:
     def _look(self) -> None:
         self._post()
         # A thread of C, which runs even where one of Python's holds the interpreter's lock for ever.
-        faulthandler.dump_traceback_later(self.settings.silent_after_s, file=self._stacks)
+        faulthandler.dump_traceback_later(0.75 * self.settings.silent_after_s, file=self._stacks)
         stop = self._board.stop()
         if stop is not None:
             self._stop_all(stop, ExitCode.STALLED if self.rank in stop.ranks else ExitCode.STOPPED)
@@ -203,6 +203,7 @@ class Watchdog:
         if is_first:
             self._report(stop)
         else:
+            code = ExitCode.STALLED if code is ExitCode.STALLED else ExitCode.STOPPED
             self._wait_until(lambda: self._board.has_report, 2 * self.settings.settle_s)
         sys.stdout.flush()
         sys.stderr.flush()
