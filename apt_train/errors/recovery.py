@@ -1,0 +1,140 @@
+"""What a run survives: too little memory, by smaller micro-batches, and passing faults of files and networks."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from apt_core.errors import AptError, ConfigError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+PASSING = frozenset(
+    {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+    | {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNREFUSED, errno.EPIPE}
+)
+"""Error numbers that may go away by themselves; a missing file, a full disk or no permission do not."""
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How much a run puts up with."""
+
+    max_parts: int = 64
+    """A micro-batch that does not fit in memory is divided into at most so many parts."""
+    io_attempts: int = 6
+    """How often a file is tried altogether."""
+    io_first_wait_s: float = 0.5
+    """The first wait is at most this long; each further one up to twice as long, at random."""
+    io_longest_wait_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_parts", "io_attempts"):
+            if getattr(self, name) < 1:
+                raise ConfigError("must be at least 1", field=name)
+
+
+class RestartNeededError(AptError):
+    """Memory ran out where other ranks wait for this one: the job must restart from its checkpoint.
+
+    The smaller micro-batch is on disk by then, so that the restarted job begins with it.
+    """
+
+
+class OutOfMemoryRecovery:
+    """Runs steps with micro-batches divided into as many parts as memory asks for; the global batch stays the same.
+
+    Args:
+        file: keeps the number of parts for a restart; all ranks read it, so it must be on a disk they share.
+        has_collectives: whether a step meets other ranks: then one rank cannot try again alone.
+    """
+
+    def __init__(self, settings: RecoverySettings, file: Path, *, has_collectives: bool) -> None:
+        self._settings, self._file, self._has_collectives = settings, file, has_collectives
+        self.num_parts = _read_parts(file)
+
+    def run(self, attempt: Callable[[int], T]) -> T:
+        """Call ``attempt(num_parts)`` until it fits in memory.
+
+        It must begin by clearing gradients, go forward and backward over every micro-batch in ``num_parts`` parts, and
+        divide each part's loss by the scored tokens of the whole step: the gradient is then the same for any number.
+
+        Raises:
+            RestartNeededError: the step meets other ranks.
+            torch.OutOfMemoryError: not even ``max_parts`` parts fit.
+        """
+        while True:
+            try:
+                return attempt(self.num_parts)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or 2 * self.num_parts > self._settings.max_parts:
+                    raise
+                self._divide_further(error)
+                if self._has_collectives:
+                    message = f"out of memory; after the restart a micro-batch has {self.num_parts} parts"
+                    raise RestartNeededError(message) from error
+            # The error is gone here, and with it the frames that held the failed attempt's tensors.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _divide_further(self, error: RuntimeError) -> None:
+        self.num_parts *= 2
+        # As text: a handler that keeps the error would keep the attempt's tensors.
+        log.warning("out of memory, a micro-batch has %d parts from now on: %s", self.num_parts, str(error))
+        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({"num_parts": self.num_parts}), encoding="utf-8")
+        temporary.replace(self._file)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or, by its allocator's words, the processor had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same call may work in a while."""
+    return isinstance(error, TimeoutError | ConnectionError) or (isinstance(error, OSError) and error.errno in PASSING)
+
+
+def with_backoff(call: Callable[[], T], settings: RecoverySettings, what: str) -> T:
+    """Call until no passing fault comes, with ever longer waits; ``what`` names the call in the log.
+
+    Raises:
+        OSError: the fault does not pass, or ``io_attempts`` calls have failed: the last one's.
+    """
+
+    def note(state: RetryCallState) -> None:
+        assert state.outcome is not None and state.next_action is not None
+        log.warning("%s failed, again in %.1f s: %s", what, state.next_action.sleep, state.outcome.exception())
+
+    retrying = Retrying(
+        retry=retry_if_exception(is_passing),
+        wait=wait_random_exponential(settings.io_first_wait_s, settings.io_longest_wait_s),
+        stop=stop_after_attempt(settings.io_attempts),
+        before_sleep=note,
+        reraise=True,
+    )
+    return retrying(call)
+
+
+def _read_parts(file: Path) -> int:
+    try:
+        return max(int(json.loads(file.read_text(encoding="utf-8"))["num_parts"]), 1)
+    except FileNotFoundError:
+        return 1
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"is damaged ({error}); delete it to start over", field=str(file)) from None

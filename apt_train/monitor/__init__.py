@@ -1,0 +1,1 @@
+"""What a run tells of itself: gradients, metrics and a progress bar."""
