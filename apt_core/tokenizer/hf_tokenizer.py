@@ -66,6 +66,18 @@ class HFTokenizer:
         except (TypeError, UnicodeEncodeError):
             raise InvalidRequestError("the text is not valid Unicode: it has a lone surrogate", param=None) from None
 
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of several texts, on several threads and outside Python's lock.
+
+        Raises:
+            InvalidRequestError: a text holds half of a surrogate pair.
+        """
+        try:
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            raise InvalidRequestError("a text is not valid Unicode: it has a lone surrogate", param=None) from None
+        return [encoding.ids for encoding in encoded]
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; incomplete UTF-8 becomes U+FFFD, ids without a token are left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
