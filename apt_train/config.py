@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from apt_core.checkpoint import EMBEDDED_MODEL
 from apt_core.config import apply_overrides, parse
 from apt_core.errors import ConfigError
+from apt_train.data.config import DataConfig
 
 FORBID: dict[str, Any] = {"extra": "forbid"}
 
@@ -169,11 +170,14 @@ class RunConfig:
     run: RunSettings = field(default_factory=RunSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
 
     def __post_init__(self) -> None:
+        if self.run.evaluate_every and not (self.data.validation_paths or self.data.validation_share):
+            raise ConfigError("there is nothing to evaluate on: set data.validation_share", field="run.evaluate_every")
         if self.schedule.warmup_steps > self.run.steps:
             raise ConfigError(f"must be at most run.steps ({self.run.steps})", field="schedule.warmup_steps")
 
