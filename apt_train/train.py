@@ -56,6 +56,10 @@ def train(config: RunConfig, report: Callable[[Progress], None]) -> Trainer:
 
     source = ModelSource(config.model)
     loader = _open_loader(config, source, rank, dims, "train")
+    if config.run.evaluate_every:
+        _open_loader(
+            config, source, rank, dims, "validation"
+        ).close()  # refuses what it cannot read, before any training
     dtype = torch.float64 if config.run.precision == "float64" else torch.float32
     model = ModelWithLoss(source.build(config.lora, dtype=dtype, device=device, seed=config.run.seed))
     parallel = parallelize(model, dims, mesh, config.parallel, compiles=config.run.compile)
