@@ -53,7 +53,7 @@ def varlen_attention(
 ) -> torch.Tensor:
     """As `reference.varlen_attention`."""
     bounds = cu_seqlens.tolist()
-    spans = [slice(start, end) for start, end in pairwise(bounds)]
+    spans = [slice(start, end) for start, end in pairwise(bounds) if end > start]  # batches are padded with empty ones
     return torch.cat([_attend(query[s], key[s], value[s], scale, window) for s in spans])
 
 
