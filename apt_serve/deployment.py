@@ -57,6 +57,8 @@ class Replica:
         from apt_serve.server import Server, log_to_stderr
 
         log_to_stderr()
+        # vLLM's processes are no actors: without it they could not ask this cluster for workers on other nodes.
+        os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         server = Server(self._config, is_behind_serve=True)
         await server.start()
         self._server = server
@@ -154,10 +156,13 @@ def _actor_options(config: ServerConfig) -> dict[str, Any]:
 
 
 def _num_gpus(model: EngineConfig) -> int:
-    """GPUs of a replica: all that its engine splits a model over, unless that engine asks Ray for them by itself."""
+    """GPUs of a replica: all that its engine splits a model over, unless that engine asks Ray for them by itself.
+
+    Ranks are processes of the replica and share what Ray gives it.
+    """
     if model.vllm_args.get("distributed_executor_backend") == "ray":
         return 0
-    return model.tensor_parallel_size * int(model.vllm_args.get("pipeline_parallel_size", 1))
+    return model.num_workers
 
 
 def _has_gpus() -> bool:

@@ -9,7 +9,7 @@ import torch
 from apt_core.model_config import ModelConfig
 from benchmarks.machine import Limits
 
-WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "float8": 1.0, "int4": 0.625}
 """Of one weight by precision; 4 bits have a scale and a minimum in 16 bits for each 32, the others' few scales are left
 out."""
 MULTIPLIED_IN = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "int4": torch.int8}

@@ -41,7 +41,36 @@ QWEN3_06B = {
     "vocab_size": 151936,
 }
 """config.json of Qwen/Qwen3-0.6B, what speed does not depend on left out."""
-SHAPES: dict[str, dict[str, Any]] = {"qwen3-0.6b": QWEN3_06B}
+QWEN3_8B = QWEN3_06B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "tie_word_embeddings": False,
+}
+"""The same of Qwen/Qwen3-8B."""
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "attention_bias": False,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 49152,
+}
+"""The same of HuggingFaceTB/SmolLM2-135M."""
+SHAPES: dict[str, dict[str, Any]] = {"smollm2-135m": SMOLLM2_135M, "qwen3-0.6b": QWEN3_06B, "qwen3-8b": QWEN3_8B}
 
 
 def resolve(source: str) -> str:

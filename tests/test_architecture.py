@@ -64,6 +64,12 @@ def test_only_the_deployment_imports_ray() -> None:
     assert importers <= {"apt_serve/deployment.py"}
 
 
+def test_only_its_engine_imports_vllm() -> None:
+    importers = {relative(p) for p in SOURCES if any(n.split(".")[0] == "vllm" for n, _ in imports_in(parsed(p)))}
+    assert importers
+    assert all(path.startswith("apt_serve/engine/vllm/") for path in importers)
+
+
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_the_scheduling_half_of_the_engine_needs_no_torch(module: str) -> None:
     """Nor anything that needs it, directly or through what it imports."""

@@ -8,7 +8,8 @@ from torch import nn
 from apt_core.checkpoint.checkpoint import Checkpoint
 from apt_core.errors import CheckpointError
 from apt_core.layers.linear import QuantizedLinear
-from apt_core.quantization import StoredWeight
+from apt_core.models.sharding import Shard
+from apt_core.quantization import StoredWeight, moved
 
 _MAX_NAMES_SHOWN = 8
 
@@ -20,6 +21,7 @@ def load_into(
     dtype: torch.dtype,
     device: torch.device,
     keeps_quantized: bool = False,
+    shard: Shard | None = None,
 ) -> None:
     """Replace every parameter of ``model`` by the checkpoint's tensor of the same name.
 
@@ -34,8 +36,10 @@ def load_into(
         device: of the new parameters.
         keeps_quantized: whether linear layers stored in fewer bits become a QuantizedLinear, for ``pack_linears``; if
             not, they are dequantized.
+        shard: of the checkpoint's model, which ``model`` is then one rank's part of; only that part is copied.
 
     Raises:
+        ConfigError: a quantized weight cannot be divided as the shard says.
         CheckpointError: a tensor is missing, unexpected, or of a wrong shape. The model is then partly filled.
     """
     wanted = dict(model.named_parameters())
@@ -46,12 +50,14 @@ def load_into(
             if not _is_redundant(name, weight, checkpoint):
                 unexpected.append(name)
             continue
+        if shard is not None:
+            weight = shard.slice(name, weight)
         _check_shape(checkpoint, name, weight, parameter)
         owner_name, _, attribute = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         if not isinstance(weight, torch.Tensor):
             assert isinstance(owner, nn.Linear)
-            model.set_submodule(owner_name, QuantizedLinear([weight], owner.bias))
+            model.set_submodule(owner_name, QuantizedLinear([moved(weight, device)], owner.bias))
         else:
             loaded = torch.empty(weight.shape, dtype=dtype, device=device)
             loaded.copy_(weight)

@@ -1,4 +1,4 @@
-"""Linear layers after loading: fused with their neighbours, packed for a processor."""
+"""Linear layers after loading: fused with their neighbours, packed."""
 
 from __future__ import annotations
 

@@ -251,9 +251,10 @@ def pack_linears(
     precision: WeightPrecision | None = None,
     head_precision: WeightPrecision | None = None,
 ) -> None:
-    """Post-load transform for processors: weights into a packed layout, the tied output head included.
+    """Post-load transform: weights into the packed layouts of the device they are on, the tied output head included.
 
-    A tied head gets a packed copy: the embedding needs plain rows. Logits are float32 wherever the format can.
+    A tied head gets a packed copy: the embedding needs plain rows. Logits are float32 wherever the format can. A GPU
+    has no layout for weights in 16 or 32 bits, so these stay as they are.
 
     Args:
         precision: of the packed weights; None keeps their own, or that of the checkpoint where it is quantized.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from apt_core.quantization.rows import by_rows
+from apt_core.quantization.rows import by_rows, narrow_groups
 from apt_kernels.reference import dequantize_int4
 
 GROUP_SIZE = 32
@@ -55,6 +55,12 @@ class Int4Tensor:
             self.values.device,
             lambda rows: dequantize_int4(self.values[rows], self.scales[rows], self.minima[rows]),
         )
+
+    def narrow(self, dim: int, start: int, length: int) -> Int4Tensor:
+        """See StoredWeight."""
+        size = 1 if dim == 0 else self.group_size
+        scales, minima = (narrow_groups(x, dim, size, start, length) for x in (self.scales, self.minima))
+        return Int4Tensor(self.values.narrow(dim, start, length).clone(), scales, minima)
 
     def kernel_form(self) -> Int4Tensor:
         """See StoredWeight."""

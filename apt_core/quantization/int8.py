@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,11 @@ class Int8Tensor:
             self.values.device,
             lambda rows: dequantize_int8(self.values[rows], self.scales[rows]),
         )
+
+    def narrow(self, dim: int, start: int, length: int) -> Int8Tensor:
+        """See StoredWeight; a row's scale is that of every part of it."""
+        scales = self.scales.narrow(0, start, length) if dim == 0 else self.scales
+        return replace(self, values=self.values.narrow(dim, start, length).clone(), scales=scales)
 
     def kernel_form(self) -> Int8Tensor:
         """See StoredWeight."""

@@ -7,15 +7,14 @@ from typing import Literal, TypeAlias, cast
 
 import torch
 
+from apt_core.quantization.float8 import Float8Weight, quantize_float8
 from apt_core.quantization.int4 import Int4Tensor, quantize_int4
 from apt_core.quantization.int8 import Int8Tensor, quantize_int8
-from apt_core.quantization.stored import Float8Weight, StoredWeight
+from apt_core.quantization.stored import StoredWeight
 from apt_kernels import ops
 
-WeightPrecision: TypeAlias = Literal["float32", "bfloat16", "int8", "int4"]
-"""What weights can be made to be."""
-OwnPrecision: TypeAlias = WeightPrecision | Literal["float8"]
-"""What weights can be stored in."""
+WeightPrecision: TypeAlias = Literal["float32", "bfloat16", "float8", "int8", "int4"]
+"""What weights can be kept in; float8 on a GPU only."""
 KernelForm: TypeAlias = Int8Tensor | Int4Tensor | Float8Weight | None
 
 
@@ -24,7 +23,7 @@ def pack_weight(weight: torch.Tensor | StoredWeight, precision: WeightPrecision)
     return pack_weights([weight], precision)
 
 
-def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: OwnPrecision) -> ops.PackedWeight:
+def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: WeightPrecision) -> ops.PackedWeight:
     """Weights whose outputs lie side by side, packed as one.
 
     A weight that is stored in the precision asked for keeps its own values; others are dequantized and made anew.
@@ -41,14 +40,18 @@ def pack_weights(parts: Sequence[torch.Tensor | StoredWeight], precision: OwnPre
         ]
         return _pack_int8(int8)
     if precision == "float8":
-        if (packed := _pack_float8(forms)) is not None:
+        stored = [
+            form if isinstance(form, Float8Weight) else quantize_float8(_floats(part))
+            for part, form in zip(parts, forms, strict=True)
+        ]
+        if (packed := _pack_float8(stored)) is not None:
             return packed
         precision = "bfloat16"
     dtype: torch.dtype = getattr(torch, precision)
     return ops.pack_linear_weight(_cat([_floats(part, dtype).to(dtype) for part in parts]))
 
 
-def own_precision(parts: Sequence[torch.Tensor | StoredWeight]) -> OwnPrecision:
+def own_precision(parts: Sequence[torch.Tensor | StoredWeight]) -> WeightPrecision:
     """What weights that are packed as one are kept in, if nothing else is asked for.
 
     Their own precision where they agree. Where they do not, or have no product, it is bfloat16, or float32 if a plain
@@ -60,7 +63,7 @@ def own_precision(parts: Sequence[torch.Tensor | StoredWeight]) -> OwnPrecision:
     return "float32" if "float32" in own else "bfloat16"
 
 
-def _precision_of(part: torch.Tensor | StoredWeight) -> OwnPrecision:
+def _precision_of(part: torch.Tensor | StoredWeight) -> WeightPrecision:
     if isinstance(part, torch.Tensor):
         return cast(WeightPrecision, str(part.dtype).removeprefix("torch."))
     form = part.kernel_form()
@@ -96,11 +99,8 @@ def _pack_int8(parts: list[Int8Tensor]) -> ops.PackedWeight:
     )
 
 
-def _pack_float8(forms: list[KernelForm]) -> ops.PackedWeight | None:
+def _pack_float8(parts: list[Float8Weight]) -> ops.PackedWeight | None:
     """None if the parts' blocks differ, or a part that is not the last ends within one."""
-    parts = [form for form in forms if isinstance(form, Float8Weight)]
-    if len(parts) < len(forms):
-        return None
     values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
     per_output = [scales for part in parts if (scales := part.output_scales()) is not None]
     if len(per_output) == len(parts):

@@ -1,4 +1,4 @@
-"""Large matrices made a few rows at a time, so that their float32 intermediates stay small."""
+"""Parts of large matrices: made a few rows at a time, so that float32 intermediates stay small, or cut at groups."""
 
 from __future__ import annotations
 
@@ -18,3 +18,20 @@ def by_rows(
         rows = slice(first, first + ROWS_AT_ONCE)
         out[rows] = values(rows)
     return out
+
+
+def narrow_groups(x: torch.Tensor, dim: int, size: int, start: int, length: int) -> torch.Tensor:
+    """What belongs to the elements [start, start + length) of a dimension, of which groups of ``size`` share an entry.
+
+    A single entry belongs to all of them. The last group may be cut off.
+
+    Raises:
+        ValueError: a group would be cut.
+    """
+    if x.shape[dim] == 1:
+        return x
+    first, end = start // size, min(-(-(start + length) // size), x.shape[dim])
+    ends_within = (start + length) % size != 0 and end < x.shape[dim]
+    if start % size != 0 or ends_within:
+        raise ValueError(f"a group of {size} that share a scale would be cut")
+    return x.narrow(dim, first, end - first)

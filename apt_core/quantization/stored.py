@@ -1,23 +1,26 @@
 """Weights of linear layers in the forms that quantized checkpoints store them in.
 
-Each dequantizes exactly and says what a packed product takes of it. Int8Tensor and Int4Tensor are stored weights too.
+Each dequantizes exactly and says what a packed product takes of it. Int8Tensor, Int4Tensor and Float8Weight are stored
+weights too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
+from apt_core.quantization.float8 import Float8Weight
 from apt_core.quantization.int4 import GROUP_SIZES, Int4Tensor
 from apt_core.quantization.int8 import Int8Tensor
-from apt_core.quantization.rows import by_rows
-from apt_kernels import ops
+from apt_core.quantization.rows import by_rows, narrow_groups
 
 
 class StoredWeight(Protocol):
-    """A weight [out, in] in fewer bits."""
+    """A weight [out, in] in fewer bits; a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def shape(self) -> torch.Size:
@@ -26,8 +29,14 @@ class StoredWeight(Protocol):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Its values [out, in], computed in float32."""
 
+    def narrow(self, dim: int, start: int, length: int) -> StoredWeight:
+        """A copy of some of its outputs (dim 0) or inputs (dim 1); ValueError if that cuts a group of them."""
+
     def kernel_form(self) -> Int8Tensor | Int4Tensor | Float8Weight | None:
         """The same weight as a packed product takes it; None if there is no such product."""
+
+
+_Stored = TypeVar("_Stored", bound=StoredWeight)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,17 @@ class GroupedWeight:
             lambda rows: self.codes[rows].float().sub_(zeros[rows][:, index]).mul_(scales[rows][:, index]),
         )
 
+    def narrow(self, dim: int, start: int, length: int) -> GroupedWeight:
+        """See StoredWeight."""
+        codes = self.codes.narrow(dim, start, length).clone()
+        index, scales, zeros = self.group_index, self.scales, self.zeros
+        if dim == 1 and index is not None:
+            index = index.narrow(0, start, length)  # groups lie anywhere: each part keeps the scales of all
+        else:
+            size = 1 if dim == 0 else self.shape[1] // scales.shape[1]
+            scales, zeros = (narrow_groups(x, dim, size, start, length) for x in (scales, zeros))
+        return replace(self, codes=codes, scales=scales, zeros=zeros, group_index=index)
+
     def kernel_form(self) -> Int8Tensor | Int4Tensor | None:
         """int4 for 4 bits, else int8 where a row has one scale; None for groups that no product has.
 
@@ -91,43 +111,7 @@ class GroupedWeight:
         return Int8Tensor(values.to(torch.int8), self.scales.float().squeeze(1))
 
 
-@dataclass(frozen=True)
-class Float8Weight:
-    """value = scale * float8, one scale per block of outputs and inputs."""
-
-    values: torch.Tensor
-    """[out, in] float8."""
-    scales: torch.Tensor
-    """[row blocks, column blocks] float32."""
-    block: tuple[int, int]
-    """Outputs and inputs that share a scale; the last blocks may be cut off."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """See StoredWeight."""
-        return self.values.shape
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """See StoredWeight."""
-        row_blocks, column_blocks = (
-            torch.arange(n, device=self.values.device) // size for n, size in zip(self.shape, self.block, strict=True)
-        )
-        return by_rows(
-            self.shape,
-            dtype,
-            self.values.device,
-            lambda rows: self.values[rows].float().mul_(self.scales[row_blocks[rows]][:, column_blocks]),
-        )
-
-    def kernel_form(self) -> Float8Weight | None:
-        """On a GPU as it is, if its scales cover whole tiles of inputs; a processor has no product."""
-        if not self.values.is_cuda or self.values.dtype != torch.float8_e4m3fn:
-            return None
-        num_columns = self.scales.shape[1]
-        return self if num_columns == 1 or self.block[1] % ops.FLOAT8_BLOCK_IN == 0 else None
-
-    def output_scales(self) -> torch.Tensor | None:
-        """[out], if no output has more than one scale."""
-        if self.scales.shape[1] > 1:
-            return None
-        return self.scales.squeeze(1).repeat_interleave(self.block[0])[: len(self.values)]
+def moved(weight: _Stored, device: torch.device) -> _Stored:
+    """The weight with its tensors on the device."""
+    tensors = {f.name: value for f in fields(weight) if isinstance(value := getattr(weight, f.name), torch.Tensor)}
+    return replace(weight, **{name: tensor.to(device) for name, tensor in tensors.items()})

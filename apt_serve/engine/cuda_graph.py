@@ -14,9 +14,10 @@ import torch
 from apt_core.kv_cache import LayerKVCache
 from apt_core.metadata import AttentionMetadata
 from apt_core.models.decoder import DecoderForCausalLM
-from apt_serve.engine.forward import ForwardOutput, PackedForward, wide_logits
+from apt_serve.engine.forward import ForwardOutput, PackedForward
 from apt_serve.engine.model_input import ModelInput, PersistentBatch
 from apt_serve.engine.step import StepInput
+from apt_serve.engine.transfer import select_rows
 
 WARM_UP_RUNS = 2
 """Before a capture: the first run compiles kernels, and libraries take their workspaces."""
@@ -80,6 +81,13 @@ class _Captured:
     output: ForwardOutput
 
 
+def output_bytes(model: DecoderForCausalLM, max_num_seqs: int) -> int:
+    """Bytes of what the largest padded step leaves in its buffers, and of the logits before they were widened."""
+    dtype = model.model.embed_tokens.weight.dtype
+    width = dtype.itemsize + torch.promote_types(dtype, torch.float32).itemsize
+    return max_num_seqs * (model.config.vocab_size * width + model.config.hidden_size * dtype.itemsize)
+
+
 class PaddedForward:
     """Decode steps padded, as graphs once `capture` has run; all others by the packed tensors."""
 
@@ -98,6 +106,11 @@ class PaddedForward:
         self._packed = PackedForward(model, kv_cache, batch)
         self._sizes = padded_sizes(max_num_seqs)
         self._buffers = DecodeBuffers(max_num_seqs, max_model_len, batch.block_size, batch.device)
+        # All sizes leave their results in one place: kept by each graph, the logits of all would take gigabytes.
+        dtype, rows = model.model.embed_tokens.weight.dtype, (max_num_seqs, model.config.hidden_size)
+        self._hidden = torch.zeros(rows, dtype=dtype, device=batch.device)
+        rows, dtype = (max_num_seqs, model.config.vocab_size), torch.promote_types(dtype, torch.float32)
+        self._logits = torch.zeros(rows, dtype=dtype, device=batch.device)
         self._captured: dict[int, _Captured] = {}
 
     @torch.inference_mode()
@@ -121,8 +134,7 @@ class PaddedForward:
         size = self._sizes[bisect_left(self._sizes, count)]
         self._buffers.fill(self._batch.build(step), size)
         output = self._run(size)
-        logits = output.logits[:count] if len(sampling) == count else output.logits[sampling]
-        return ForwardOutput(output.hidden[:count], logits)
+        return ForwardOutput(output.hidden[:count], select_rows(output.logits[:count], sampling))
 
     def _run(self, size: int) -> ForwardOutput:
         captured = self._captured.get(size)
@@ -135,4 +147,5 @@ class PaddedForward:
         buffers = self._buffers
         embedded = self._model.embed(buffers.input_ids[:size])
         hidden = self._model(embedded, buffers.positions[:size], buffers.metadata(size), self._kv_cache)
-        return ForwardOutput(hidden, wide_logits(self._model, hidden))
+        logits = self._logits[:size].copy_(self._model.logits(hidden))
+        return ForwardOutput(self._hidden[:size].copy_(hidden), logits)

@@ -1,17 +1,19 @@
-"""The engine: step() = schedule -> run -> sample -> update."""
+"""The engine: step() = schedule -> launch -> collect -> update."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
-from apt_core.errors import AptError
 from apt_serve.engine.block_manager import BlockManager
 from apt_serve.engine.client import GenerationOutput, GenerationRequest, ModelInfo
 from apt_serve.engine.config import EngineConfig
+from apt_serve.engine.executor import EngineBrokenError
 from apt_serve.engine.load import LoadedModel, load
 from apt_serve.engine.metrics import MetricsSink, NullMetrics
 from apt_serve.engine.output_processor import OutputProcessor
@@ -28,16 +30,25 @@ MAX_FAILED_STEPS = 8
 """So many failed steps in a row mean that the engine itself is broken."""
 
 
-class EngineBrokenError(AptError):
-    """Steps fail one after another: the engine cannot go on."""
-
-
 @dataclass(frozen=True, slots=True)
 class SequenceDelta:
     """What a step produced for one sequence, for its reader."""
 
     seq_id: str
     output: GenerationOutput
+
+
+@dataclass(slots=True)
+class _StepInFlight:
+    """A step launched and not yet collected."""
+
+    step: StepInput
+    launched_at: float
+    """time.monotonic()."""
+    newcomers: list[Sequence]
+    """Sequences scheduled for the first time."""
+    handle: Any = None
+    """The executor's."""
 
 
 class Engine:
@@ -57,7 +68,9 @@ class Engine:
             max_model_len=self.model.max_model_len,
             block_manager=self._blocks,
             policy=make_policy(config.policy),
+            max_steps_in_flight=self._executor.max_steps_in_flight,
         )
+        self._in_flight: deque[_StepInFlight] = deque()
         self._outputs = OutputProcessor(self.model.tokenizer, self.model.eos_token_ids)
         self._recorder = StepRecorder(metrics or NullMetrics(), self._scheduler)
         self._arrivals = count()
@@ -67,27 +80,39 @@ class Engine:
         """Completed ones."""
 
     def step(self) -> list[SequenceDelta]:
-        """Compute one step and return what is new; empty if there is nothing to do.
+        """Launch the next step, then take in the oldest under way, and return what is new.
 
-        A step that raises ends its own sequences with finish_reason "error" and no others.
+        Empty if there is nothing to do, or if the executor can take another step before this one's result is needed.
+        A step that raises ends the sequences of all steps under way with finish_reason "error" and no others.
 
         Raises:
-            EngineBrokenError: several steps in a row have raised.
+            EngineBrokenError: several steps in a row have raised, or no step can be run any more.
         """
         step = self._scheduler.schedule()
-        if step is None:
-            return []
-        started = time.monotonic()
         try:
-            output = self._executor.collect(self._executor.launch(step))
+            if step is not None:
+                self._launch(step)
+                if len(self._in_flight) < self._executor.max_steps_in_flight:
+                    return []
+            if not self._in_flight:
+                return []
+            output = self._executor.collect(self._in_flight[0].handle)
+        except EngineBrokenError:
+            raise
         except Exception:
-            log.exception("a step of %d sequences failed", len(step.scheduled))
-            return self._fail(step)
+            log.exception("a step failed")
+            return self._fail()
         self._failed_steps = 0
         self.num_steps += 1
-        deltas = list(self._update(step, output))
-        self._recorder.record(step, started)
+        finished = self._in_flight.popleft()
+        deltas = list(self._update(finished.step, output))
+        self._recorder.record(finished.step, finished.launched_at, finished.newcomers)
         return deltas
+
+    def _launch(self, step: StepInput) -> None:
+        launched = _StepInFlight(step, time.monotonic(), self._scheduler.first_scheduled)
+        self._in_flight.append(launched)
+        launched.handle = self._executor.launch(step)
 
     def _update(self, step: StepInput, output: StepOutput) -> Iterator[SequenceDelta]:
         for seq, result in self._scheduler.update(step, output):
@@ -108,8 +133,9 @@ class Engine:
             log.exception("the output of sequence %s could not be processed", seq.seq_id)
             return replace(self._outputs.abort(seq), finish_reason="error")
 
-    def _fail(self, step: StepInput) -> list[SequenceDelta]:
-        failed = self._scheduler.fail_step(step)
+    def _fail(self) -> list[SequenceDelta]:
+        failed = [seq for launched in self._in_flight for seq in self._scheduler.fail_step(launched.step)]
+        self._in_flight.clear()
         self._executor.reset()
         self._failed_steps += 1
         if self._failed_steps >= MAX_FAILED_STEPS:
@@ -145,10 +171,19 @@ class Engine:
         """
         check_request(request, self.model)
 
+    def close(self) -> None:
+        """Take no more steps; ends the processes that ran them, if there are any."""
+        self._executor.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether steps can be run, as far as is known; may be asked from any thread."""
+        return self._executor.is_alive
+
     @property
     def has_work(self) -> bool:
-        """Whether any sequence runs or waits."""
-        return self._scheduler.has_work
+        """Whether any sequence runs or waits, or a step is under way."""
+        return self._scheduler.has_work or bool(self._in_flight)
 
     @property
     def num_running(self) -> int:

@@ -12,6 +12,7 @@ from apt_core.models.decoder import DecoderForCausalLM
 from apt_kernels import ops
 from apt_serve.engine.model_input import PersistentBatch
 from apt_serve.engine.step import StepInput
+from apt_serve.engine.transfer import select_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class LinkedForward:
             sampled=sampling,
         )
         if logits is None:
-            logits = wide_logits(self._model, _rows(hidden, step.last_rows(sampling)))
+            logits = wide_logits(self._model, select_rows(hidden, step.last_rows(sampling)))
         return ForwardOutput(hidden, logits)
 
 
@@ -68,17 +69,10 @@ class PackedForward:
         """See Forward."""
         inputs = self._batch.build(step)
         hidden = self._model(self._model.embed(inputs.input_ids), inputs.positions, inputs.metadata, self._kv_cache)
-        return ForwardOutput(hidden, wide_logits(self._model, _rows(hidden, step.last_rows(sampling))))
+        return ForwardOutput(hidden, wide_logits(self._model, select_rows(hidden, step.last_rows(sampling))))
 
 
 def wide_logits(model: DecoderForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
     """[R, C] -> [R, V] in at least float32."""
     logits = model.logits(hidden)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _rows(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """Some rows of hidden [T, C], in ascending order; all of them, as in a step without a prompt, are not copied."""
-    if len(rows) == hidden.shape[0]:
-        return hidden
-    return hidden.index_select(0, torch.tensor(rows, dtype=torch.int64, device=hidden.device))

@@ -12,6 +12,7 @@ from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
 from apt_core.models.decoder import DecoderForCausalLM
 from apt_serve.engine.config import EngineConfig
+from apt_serve.engine.cuda_graph import output_bytes
 
 TYPICAL_CONTEXT = 2048
 """Tokens per sequence that a processor's default KV cache has room for."""
@@ -33,7 +34,7 @@ def kv_memory(model: DecoderForCausalLM, config: EngineConfig, device: torch.dev
     """What the loaded weights have left. On a GPU that is all it may use, less what a step needs beside the cache."""
     if device.type == "cpu":
         return KVMemory(available_memory(), default=None)
-    step_bytes = _largest_step(model, config, device)
+    step_bytes = _largest_step(model, config, device) + output_bytes(model, config.max_num_seqs)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     left = max(free - step_bytes - int((1 - config.gpu_memory_utilization) * total), 0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,9 @@ from apt_core.errors import ConfigError
 from apt_core.kv_cache import allocate_kv_cache
 from apt_core.model_config import ModelConfig
 from apt_core.models.decoder import fuse_projections, pack_linears
+from apt_core.models.joining import join_ranks
+from apt_core.models.sharding import DECODER_PLAN, Shard, check_divisible
+from apt_core.parallel import Communicator
 from apt_core.quantization import WeightPrecision
 from apt_core.registry import build_model
 from apt_kernels import ops
@@ -24,8 +28,15 @@ from apt_serve.engine.cpus import step_threads
 from apt_serve.engine.executor import Executor
 from apt_serve.engine.kv_memory import kv_memory, num_kv_blocks
 from apt_serve.engine.model_runner import ModelRunner
+from apt_serve.engine.ranks import Ranks
+from apt_serve.engine.tensor_parallel import TensorParallelExecutor
 
 log = logging.getLogger(__name__)
+
+PRECISIONS = {"cpu": ("float32", "bfloat16", "int8", "int4"), "cuda": ("float8", "int8", "int4")}
+"""That weights can be made to have on a device, beside dtype's own."""
+MAX_STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
+"""A processor computes a step where it launches it."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +48,42 @@ class LoadedModel:
     num_kv_blocks: int
 
 
-def load(config: EngineConfig) -> LoadedModel:
+def load(config: EngineConfig, checkpoint: Checkpoint | None = None) -> LoadedModel:
     """Load a model for the native engine. Call it on the thread that will run the steps: it sets its thread count.
+
+    Args:
+        checkpoint: takes the place of the one that ``config.source`` names.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit.
         ConfigError: a setting that does not go with the checkpoint or the machine.
+        EngineBrokenError: another rank could not load its part.
     """
-    started = time.perf_counter()
-    ops.set_num_threads(step_threads(config.num_threads))
-    checkpoint = open_checkpoint(config.source, tokenizer=config.tokenizer)
+    checkpoint = checkpoint or open_checkpoint(config.source, tokenizer=config.tokenizer)
+    if config.tensor_parallel_size == 1:
+        return load_rank(config, checkpoint, None)
     device = _device(config)
+    check_divisible(checkpoint.config, DECODER_PLAN, config.tensor_parallel_size)
+    if device.type == "cuda" and torch.cuda.device_count() < config.tensor_parallel_size:
+        problem = f"{config.tensor_parallel_size} ranks need a GPU each, {torch.cuda.device_count()} are there"
+        raise ConfigError(problem, field="tensor_parallel_size")
+    ranks = Ranks(
+        partial(_load_rank_of, config),
+        size=config.tensor_parallel_size,
+        device_type=device.type,
+        stall_timeout_s=config.stall_timeout_s,
+    )
+    with ranks.joined() as communicator:
+        loaded = load_rank(config, checkpoint, communicator)
+    return replace(loaded, executor=TensorParallelExecutor(loaded.executor, ranks))
+
+
+def load_rank(config: EngineConfig, checkpoint: Checkpoint, communicator: Communicator | None) -> LoadedModel:
+    """Load a model, or the part of it that is this rank's."""
+    started = time.perf_counter()
+    num_ranks = 1 if communicator is None else communicator.size
+    ops.set_num_threads(step_threads(config.num_threads, num_ranks))
+    device = _device(config) if communicator is None else communicator.device
     if device.type == "cpu":
         native.log_state()
     dtype = _dtype(config, checkpoint.config, device)
@@ -56,22 +92,28 @@ def load(config: EngineConfig) -> LoadedModel:
     max_model_len = _max_model_len(config, checkpoint.config)
     kv_dtype = _kv_cache_dtype(config, dtype)
 
+    shard = None if communicator is None else Shard(DECODER_PLAN, communicator.rank, communicator.size)
+    model_config = checkpoint.config if shard is None else shard.config(checkpoint.config)
     cache = None
-    if device.type == "cpu" and native.is_enabled():
+    if device.type == "cpu" and native.is_enabled() and shard is None:
         cache = PackedCache(checkpoint, dtype=dtype, precision=precision, head_precision=head_precision)
     model = cache.read() if cache is not None else None
     if model is None:
-        model = build_model(checkpoint.config)
+        model = build_model(model_config)
         keeps_quantized = _keeps_quantized(checkpoint, precision, dtype, device)
-        load_into(model, checkpoint, dtype=dtype, device=device, keeps_quantized=keeps_quantized)
+        load_into(model, checkpoint, dtype=dtype, device=device, keeps_quantized=keeps_quantized, shard=shard)
         model.eval().requires_grad_(False)
         fuse_projections(model)
         pack_linears(model, precision, head_precision)
         if cache is not None:
             cache.write(model)
-    num_blocks = num_kv_blocks(config, checkpoint.config, kv_dtype, max_model_len, kv_memory(model, config, device))
+    if shard is not None and communicator is not None:
+        join_ranks(model, checkpoint.config, shard, communicator)
+    num_blocks = num_kv_blocks(config, model_config, kv_dtype, max_model_len, kv_memory(model, config, device))
+    if communicator is not None:
+        num_blocks = communicator.minimum(num_blocks)
     kv_cache = allocate_kv_cache(
-        checkpoint.config, num_blocks=num_blocks, block_size=config.block_size, dtype=kv_dtype, device=device
+        model_config, num_blocks=num_blocks, block_size=config.block_size, dtype=kv_dtype, device=device
     )
     info = _model_info(config, checkpoint, max_model_len)
     runner = ModelRunner(
@@ -81,6 +123,7 @@ def load(config: EngineConfig) -> LoadedModel:
         max_model_len=max_model_len,
         eos_token_ids=info.eos_token_ids,
         pads_decodes=device.type == "cuda",
+        max_steps_in_flight=MAX_STEPS_IN_FLIGHT[device.type],
     )
     if device.type == "cuda":
         runner.warm_up(config.max_num_batched_tokens)
@@ -98,6 +141,11 @@ def load(config: EngineConfig) -> LoadedModel:
         max_model_len,
     )
     return LoadedModel(info, runner, num_blocks)
+
+
+def _load_rank_of(config: EngineConfig, communicator: Communicator) -> Executor[Any]:
+    checkpoint = open_checkpoint(config.source, tokenizer=config.tokenizer)
+    return load_rank(config, checkpoint, communicator).executor
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -128,9 +176,10 @@ def _weight_precision(
     precision = config.weight_precision if field == "weight_precision" else config.lm_head_precision
     if precision == "auto":
         return None
-    if device.type != "cpu":
-        raise ConfigError(f"{precision} is for processors; this is {device}", field=field)
-    if dtype not in (torch.float32, torch.bfloat16):
+    known = PRECISIONS[device.type]
+    if precision not in known:
+        raise ConfigError(f"must be one of {', '.join(known)} on {device}, got {precision}", field=field)
+    if not _can_pack(dtype, device):
         raise ConfigError(f"{precision} goes with dtype float32 or bfloat16, not {config.dtype}", field=field)
     return precision
 
@@ -139,8 +188,12 @@ def _keeps_quantized(
     checkpoint: Checkpoint, precision: WeightPrecision | None, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether weights in fewer bits stay so until they are packed; a GGUF's 4 bits only if int4 is asked for."""
-    is_packed = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    return is_packed and (checkpoint.is_quantized or precision == "int4")
+    return _can_pack(dtype, device) and (checkpoint.is_quantized or precision == "int4")
+
+
+def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the products of packed weights take x of this dtype."""
+    return dtype in ((torch.float32, torch.bfloat16) if device.type == "cpu" else ops.TRITON_DTYPES)
 
 
 def _kv_cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Changes to the logits before a token is chosen, each a step of its own, applied in the sampler's order.
 
-A step keeps state only for the slots that use it, so a request without it costs nothing.
+A step keeps state only for the slots that use it, on the device, so a request without it costs nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.engine.step import AddedSequence
+from apt_serve.engine.transfer import to_device
 
 State = TypeVar("State")
 
@@ -38,7 +39,8 @@ class LogitsStep(Protocol):
 class SlotStates(Generic[State]):
     """State by slot, for the slots that use a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._states: dict[int, State] = {}
 
     def remove(self, slot: int) -> None:
@@ -75,12 +77,13 @@ class LogitBias(SlotStates[_Bias]):
         self.remove(sequence.slot)
         if bias:
             token_ids = torch.tensor(list(bias.keys()), dtype=torch.int64)
-            self._states[sequence.slot] = _Bias(token_ids, torch.tensor(list(bias.values())))
+            values = torch.tensor(list(bias.values()))
+            self._states[sequence.slot] = _Bias(to_device(token_ids, self._device), to_device(values, self._device))
 
     def apply(self, logits: torch.Tensor, slots: list[int]) -> None:
         """See LogitsStep."""
         for row, bias in self._rows(slots):
-            logits[row, bias.token_ids.to(logits.device)] += bias.values.to(logits)
+            logits[row].index_add_(0, bias.token_ids, bias.values.to(logits))
 
 
 @dataclass(slots=True)
@@ -95,8 +98,8 @@ class _Counts:
 class Penalties(SlotStates[_Counts]):
     """Repetition penalty over prompt and output; presence and frequency penalties over the output."""
 
-    def __init__(self, vocab_size: int) -> None:
-        super().__init__()
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        super().__init__(device)
         self._vocab_size = vocab_size
 
     def add(self, sequence: AddedSequence) -> None:
@@ -110,14 +113,15 @@ class Penalties(SlotStates[_Counts]):
         in_prompt = torch.zeros(self._vocab_size, dtype=torch.bool)
         in_prompt[prompt] = True
         in_output = torch.bincount(output, minlength=self._vocab_size).to(torch.int32)
-        self._states[sequence.slot] = _Counts(sampling, in_prompt, in_output)
+        self._states[sequence.slot] = _Counts(
+            sampling, to_device(in_prompt, self._device), to_device(in_output, self._device)
+        )
 
     def apply(self, logits: torch.Tensor, slots: list[int]) -> None:
         """See LogitsStep."""
         for row, counts in self._rows(slots):
-            values, sampling = logits[row], counts.sampling
-            in_output = counts.in_output.to(values.device)
-            was_seen = counts.in_prompt.to(values.device) | (in_output > 0)
+            values, sampling, in_output = logits[row], counts.sampling, counts.in_output
+            was_seen = counts.in_prompt | (in_output > 0)
             if sampling.repetition_penalty != 1:
                 penalty = sampling.repetition_penalty
                 values = torch.where(was_seen, torch.where(values > 0, values / penalty, values * penalty), values)
@@ -127,7 +131,8 @@ class Penalties(SlotStates[_Counts]):
     def accept(self, slots: list[int], token_ids: torch.Tensor) -> None:
         """See LogitsStep."""
         for row, counts in self._rows(slots):
-            counts.in_output[token_ids[row]] += 1
+            chosen = token_ids[row : row + 1]
+            counts.in_output.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
 
 
 @dataclass(slots=True)
@@ -139,8 +144,8 @@ class _Remaining:
 class MinTokens(SlotStates[_Remaining]):
     """min_tokens: nothing that ends a generation is chosen before so many tokens."""
 
-    def __init__(self, eos_token_ids: frozenset[int]) -> None:
-        super().__init__()
+    def __init__(self, eos_token_ids: frozenset[int], device: torch.device) -> None:
+        super().__init__(device)
         self._eos_token_ids = eos_token_ids
 
     def add(self, sequence: AddedSequence) -> None:
@@ -150,12 +155,13 @@ class MinTokens(SlotStates[_Remaining]):
         remaining = sequence.sampling.min_tokens - num_output
         stop_ids = sorted(self._eos_token_ids | set(sequence.sampling.stop_token_ids))
         if remaining > 0 and stop_ids:
-            self._states[sequence.slot] = _Remaining(remaining, torch.tensor(stop_ids, dtype=torch.int64))
+            stop_ids_tensor = to_device(torch.tensor(stop_ids, dtype=torch.int64), self._device)
+            self._states[sequence.slot] = _Remaining(remaining, stop_ids_tensor)
 
     def apply(self, logits: torch.Tensor, slots: list[int]) -> None:
         """See LogitsStep."""
         for row, remaining in self._rows(slots):
-            logits[row, remaining.stop_ids.to(logits.device)] = float("-inf")
+            logits[row].index_fill_(0, remaining.stop_ids, float("-inf"))
 
     def accept(self, slots: list[int], token_ids: torch.Tensor) -> None:
         """See LogitsStep."""

@@ -10,8 +10,12 @@ import torch
 
 from apt_core.metadata import AttentionMetadata
 from apt_serve.engine.step import AddedSequence, StepInput
+from apt_serve.engine.transfer import to_device
 
 IntArray = npt.NDArray[np.int64]
+
+IN_FLIGHT = -1
+"""In place of a token that a step under way is sampling; the device knows it before the host does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +33,26 @@ class PersistentBatch:
     """Token ids and block tables of the running sequences, by slot.
 
     Kept between steps, so that a step costs work in the number of its sequences, not in the length of their contexts.
+
+    Args:
+        num_slots: its rows.
+        is_ahead: whether steps are built before the tokens of the step before are known, which then stay on the device.
     """
 
-    def __init__(self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, *, num_slots: int, max_model_len: int, block_size: int, device: torch.device, is_ahead: bool = False
+    ) -> None:
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.device = device
         max_blocks = -(-max_model_len // block_size)
-        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
-        self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int64)
-        self.block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
-        self._num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
-        self._counting = np.arange(max_num_seqs + 1)
+        self.token_ids = np.zeros((num_slots, max_model_len + 1), dtype=np.int64)
+        self.num_prompt_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.block_tables = np.zeros((num_slots, max_blocks), dtype=np.int32)
+        self._newest = torch.zeros(num_slots, dtype=torch.int64, device=device) if is_ahead else None
+        """The token each sequence sampled last."""
+        self._num_blocks = np.zeros(num_slots, dtype=np.int64)
+        self._counting = np.arange(num_slots + 1)
 
     def add(self, sequence: AddedSequence) -> None:
         """Give a sequence its row."""
@@ -55,6 +67,17 @@ class PersistentBatch:
         for s in step.scheduled:
             if s.new_block_ids:
                 self._append_blocks(s.slot, s.new_block_ids)
+
+    def sample(self, slots: list[int], positions: list[int], token_ids: torch.Tensor) -> None:
+        """Sequences sample tokens [R] for these positions; the host will be told by `know`."""
+        if self._newest is not None:
+            self.token_ids[slots, positions] = IN_FLIGHT
+            self._newest[to_device(np.array(slots), self.device)] = token_ids
+
+    def know(self, slots: list[int], positions: list[int], token_ids: list[int]) -> None:
+        """Take the tokens that were sampled for these positions."""
+        for slot, position, token_id in zip(slots, positions, token_ids, strict=True):
+            self.token_ids[slot, position] = token_id
 
     def build(self, step: StepInput) -> ModelInput:
         """Cut the step's packed tensors."""
@@ -78,11 +101,14 @@ class PersistentBatch:
             block_tables=self._tensor(self.block_tables[slots, : -(-max_context // self.block_size)]),
             slot_mapping=self._tensor(slot_mapping),
         )
-        return ModelInput(
-            self._tensor(self.token_ids[layout.rows, layout.positions]),
-            self._tensor(layout.positions),
-            metadata,
-        )
+        return ModelInput(self._input_ids(layout), self._tensor(layout.positions), metadata)
+
+    def _input_ids(self, layout: _Layout) -> torch.Tensor:
+        known = self.token_ids[layout.rows, layout.positions]
+        token_ids = self._tensor(known)
+        if self._newest is None or (known != IN_FLIGHT).all():
+            return token_ids
+        return torch.where(token_ids == IN_FLIGHT, self._newest[self._tensor(layout.rows)], token_ids)
 
     def _append_blocks(self, slot: int, block_ids: tuple[int, ...]) -> None:
         start = self._num_blocks[slot]
@@ -90,8 +116,7 @@ class PersistentBatch:
         self._num_blocks[slot] += len(block_ids)
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        return to_device(array, self.device)
 
 
 @dataclass(frozen=True, slots=True)

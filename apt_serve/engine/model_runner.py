@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from apt_core.kv_cache import LayerKVCache
@@ -9,18 +11,35 @@ from apt_core.models.decoder import DecoderForCausalLM
 from apt_core.models.linked import link_layers
 from apt_serve.engine.client import TokenLogprobs
 from apt_serve.engine.cuda_graph import PaddedForward
+from apt_serve.engine.executor import num_slots
 from apt_serve.engine.forward import Forward, LinkedForward, PackedForward, wide_logits
 from apt_serve.engine.model_input import PersistentBatch
-from apt_serve.engine.sampler import Sampler, SamplerOutput, gather_logprobs
+from apt_serve.engine.sampler import PendingLogprobs, Sampled, Sampler, gather_logprobs
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.engine.step import AddedSequence, ScheduledSequence, SequenceOutput, StepInput, StepOutput
+from apt_serve.engine.transfer import to_device
 
 PROMPT_LOGPROBS_ROWS = 64
 """Prompt positions whose logits are held at a time: bounds memory at this many times the vocabulary."""
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step whose results are on their way to the host."""
+
+    step: StepInput
+    sampling: list[int]
+    """Indices of the scheduled sequences that sample."""
+    sampled: Sampled | None
+    prompt_logprobs: dict[int, list[PendingLogprobs]]
+    """By index in step.scheduled."""
+
+
 class ModelRunner:
-    """The Executor that runs in the engine's own thread; `launch` computes the step at once.
+    """The Executor that runs in the engine's own thread.
+
+    On a processor `launch` computes the step. On a GPU it only queues it and waits for nothing, so that a second step
+    can be launched while the first runs: its input tokens are then taken from where the first one leaves them.
 
     Args:
         pads_decodes: pad decode steps to fixed sizes, which a GPU's graphs need.
@@ -35,11 +54,19 @@ class ModelRunner:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         pads_decodes: bool = False,
+        max_steps_in_flight: int = 1,
     ) -> None:
         keys = kv_cache[0].keys
         self._model = model
+        self._max_num_seqs = max_num_seqs
+        self.max_steps_in_flight = max_steps_in_flight
+        """See Executor."""
         self._batch = PersistentBatch(
-            max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=keys.shape[1], device=keys.device
+            num_slots=num_slots(max_num_seqs, max_steps_in_flight),
+            max_model_len=max_model_len,
+            block_size=keys.shape[1],
+            device=keys.device,
+            is_ahead=max_steps_in_flight > 1,
         )
         self._forward: Forward
         if pads_decodes:
@@ -51,28 +78,43 @@ class ModelRunner:
         else:
             self._forward = PackedForward(model, kv_cache, self._batch)
         self._sampler = Sampler(
-            max_num_seqs=max_num_seqs, vocab_size=model.config.vocab_size, eos_token_ids=eos_token_ids
+            num_slots=num_slots(max_num_seqs, max_steps_in_flight),
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=eos_token_ids,
+            device=keys.device,
         )
         self._num_prompt_logprobs: dict[int, int] = {}
         """By slot, of the sequences that want any."""
 
     @torch.inference_mode()
-    def launch(self, step: StepInput) -> StepOutput:
+    def launch(self, step: StepInput) -> LaunchedStep:
         """See Executor."""
         self._apply_changes(step)
         sampling = [i for i, s in enumerate(step.scheduled) if s.samples]
         forward = self._forward(step, sampling)
         prompt_logprobs = self._prompt_logprobs(step, forward.hidden)
         sampled = self._sample([step.scheduled[i] for i in sampling], forward.logits)
-        new = dict(zip(sampling, zip(sampled.token_ids, sampled.logprobs, strict=True), strict=True))
-        return StepOutput(tuple(_output(s, new.get(i), prompt_logprobs.get(i)) for i, s in enumerate(step.scheduled)))
+        return LaunchedStep(step, sampling, sampled, prompt_logprobs)
 
-    def collect(self, handle: StepOutput) -> StepOutput:
+    def collect(self, handle: LaunchedStep) -> StepOutput:
         """See Executor."""
-        return handle
+        scheduled, new = handle.step.scheduled, {}
+        if handle.sampled is not None:
+            sampled = handle.sampled.read()
+            self._batch.know(*_places([scheduled[i] for i in handle.sampling]), sampled.token_ids)
+            new = dict(zip(handle.sampling, zip(sampled.token_ids, sampled.logprobs, strict=True), strict=True))
+        return StepOutput(tuple(_output(s, new.get(i), handle.prompt_logprobs.get(i)) for i, s in enumerate(scheduled)))
 
     def reset(self) -> None:
         """See Executor: rows are rebuilt when sequences are added, so nothing is left to forget."""
+
+    @property
+    def is_alive(self) -> bool:
+        """See Executor: as alive as the thread it runs in."""
+        return True
+
+    def close(self) -> None:
+        """See Executor: there is no other process."""
 
     @torch.inference_mode()
     def warm_up(self, max_num_batched_tokens: int) -> None:
@@ -81,13 +123,16 @@ class ModelRunner:
         Args:
             max_num_batched_tokens: most tokens of a step.
         """
-        most = min(max_num_batched_tokens, self._batch.max_model_len)
-        for sampling in (SamplingParams(temperature=0.0, logprobs=1), SamplingParams(top_p=0.9, top_k=8, min_p=0.01)):
+        max_model_len = self._batch.max_model_len
+        most = min(max_num_batched_tokens, self._max_num_seqs * max_model_len)
+        greedy = SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1)
+        for sampling in (greedy, SamplingParams(top_p=0.9, top_k=8, min_p=0.01)):
             num_tokens = 1
             while num_tokens < 2 * most:
-                self.launch(warm_up_step(min(num_tokens, most), self._batch.block_size, sampling))
+                step = warm_up_step(min(num_tokens, most), self._batch.block_size, sampling, max_model_len)
+                self.collect(self.launch(step))
                 num_tokens *= 2
-        self._apply_changes(StepInput((), (), removed_slots=(0,)))
+        self._apply_changes(StepInput((), (), removed_slots=tuple(range(self._max_num_seqs))))
         if isinstance(self._forward, PaddedForward) and self._batch.device.type == "cuda":
             self._forward.capture()
 
@@ -103,17 +148,16 @@ class ModelRunner:
                 self._num_prompt_logprobs[sequence.slot] = sequence.sampling.prompt_logprobs
         self._batch.append_blocks(step)
 
-    def _sample(self, sampling: list[ScheduledSequence], logits: torch.Tensor) -> SamplerOutput:
-        """Sample after the last tokens of these sequences, from logits [R, V], and note the tokens."""
+    def _sample(self, sampling: list[ScheduledSequence], logits: torch.Tensor) -> Sampled | None:
+        """Sample after the last tokens of these sequences, from logits [R, V]."""
         if not sampling:
-            return SamplerOutput([], [])
-        slots, positions = [s.slot for s in sampling], [s.start + s.num_tokens for s in sampling]
+            return None
+        slots, positions = _places(sampling)
         sampled = self._sampler.sample(logits, slots, positions)
-        for slot, position, token_id in zip(slots, positions, sampled.token_ids, strict=True):
-            self._batch.token_ids[slot, position] = token_id
+        self._batch.sample(slots, positions, sampled.token_ids)
         return sampled
 
-    def _prompt_logprobs(self, step: StepInput, hidden: torch.Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
+    def _prompt_logprobs(self, step: StepInput, hidden: torch.Tensor) -> dict[int, list[PendingLogprobs]]:
         """By index in step.scheduled: log-probabilities of the prompt tokens after those computed in this step."""
         if not self._num_prompt_logprobs:
             return {}
@@ -124,37 +168,50 @@ class ModelRunner:
             if s.slot in self._num_prompt_logprobs and s.start < self._batch.num_prompt_tokens[s.slot]
         }
 
-    def _score(self, s: ScheduledSequence, first_row: int, hidden: torch.Tensor) -> tuple[TokenLogprobs, ...]:
+    def _score(self, s: ScheduledSequence, first_row: int, hidden: torch.Tensor) -> list[PendingLogprobs]:
         """Log-probabilities of prompt tokens start + 1 .. start + num_tokens, as far as the prompt goes."""
         wanted = self._num_prompt_logprobs[s.slot]
         end = min(s.start + s.num_tokens, int(self._batch.num_prompt_tokens[s.slot]) - 1)
-        found: list[TokenLogprobs] = []
+        found = []
         for start in range(s.start, end, PROMPT_LOGPROBS_ROWS):
             count = min(PROMPT_LOGPROBS_ROWS, end - start)
             row = first_row + start - s.start
-            targets = torch.from_numpy(self._batch.token_ids[s.slot, start + 1 : start + 1 + count])
+            targets = to_device(self._batch.token_ids[s.slot, start + 1 : start + 1 + count], self._batch.device)
             logits = wide_logits(self._model, hidden[row : row + count])
-            found += gather_logprobs(logits, targets, wanted, [wanted] * count)
-        return tuple(found)
+            found.append(gather_logprobs(logits, targets, [wanted] * count))
+        return found
 
 
-def warm_up_step(num_tokens: int, block_size: int, sampling: SamplingParams) -> StepInput:
-    """One sequence's so many tokens, in the cache's first blocks."""
-    blocks = tuple(range(-(-num_tokens // block_size)))
-    added = AddedSequence(0, "warm-up", (0,) * num_tokens, num_tokens, sampling, seed=0, block_ids=blocks)
-    scheduled = ScheduledSequence(0, "warm-up", 0, num_tokens, new_block_ids=(), samples=True)
-    return StepInput((added,), (scheduled,), removed_slots=())
+def warm_up_step(
+    num_tokens: int, block_size: int, sampling: SamplingParams, max_model_len: int | None = None
+) -> StepInput:
+    """So many tokens of one sequence, or of as many as it takes, all in the cache's first blocks."""
+    num_full, rest = divmod(num_tokens, max_model_len or num_tokens)
+    lengths = [rest] * (rest > 0) + [max_model_len or num_tokens] * num_full
+    added, scheduled = [], []
+    for slot, length in enumerate(lengths):
+        blocks = tuple(range(-(-length // block_size)))
+        added.append(AddedSequence(slot, "warm-up", (0,) * length, length, sampling, seed=0, block_ids=blocks))
+        scheduled.append(ScheduledSequence(slot, "warm-up", 0, length, new_block_ids=(), samples=True))
+    return StepInput(tuple(added), tuple(scheduled), removed_slots=())
+
+
+def _places(sampling: list[ScheduledSequence]) -> tuple[list[int], list[int]]:
+    """Slots, and the positions that the sampled tokens will have."""
+    return [s.slot for s in sampling], [s.start + s.num_tokens for s in sampling]
 
 
 def _output(
     scheduled: ScheduledSequence,
     new: tuple[int, TokenLogprobs | None] | None,
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None,
+    scored: list[PendingLogprobs] | None,
 ) -> SequenceOutput:
     """What a sequence got: its new token and the token's log-probabilities, if it sampled; those of its prompt."""
-    if new is None:
-        return SequenceOutput(scheduled.seq_id, (), prompt_logprobs=prompt_logprobs)
-    token_id, logprobs = new
+    token_id, logprobs = new or (None, None)
     return SequenceOutput(
-        scheduled.seq_id, (token_id,), None if logprobs is None else (logprobs,), prompt_logprobs=prompt_logprobs
+        scheduled.seq_id,
+        token_ids=() if token_id is None else (token_id,),
+        num_computed_tokens=scheduled.start + scheduled.num_tokens,
+        logprobs=None if logprobs is None else (logprobs,),
+        prompt_logprobs=None if scored is None else tuple(entry for part in scored for entry in part.read()),
     )

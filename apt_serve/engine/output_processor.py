@@ -79,7 +79,7 @@ class OutputProcessor:
             self._take(token_id, seq, state, delta)
             if delta.finish_reason:
                 break
-        is_scored = seq.max_tokens == 0 and seq.num_computed_tokens >= seq.num_prompt_tokens
+        is_scored = seq.max_tokens == 0 and output.num_computed_tokens >= seq.num_prompt_tokens
         if is_scored:
             delta.finish_reason = "length"
         if not delta.token_ids and not is_scored:
@@ -137,7 +137,7 @@ def _keep_prompt_logprobs(state: _State, seq: Sequence, output: SequenceOutput) 
     if state.prompt_logprobs is None or not output.prompt_logprobs:
         return
     # A chunk's last entry is for the token after the last one computed, or for the prompt's last token.
-    end = min(seq.num_computed_tokens + 1, seq.num_prompt_tokens)
+    end = min(output.num_computed_tokens + 1, seq.num_prompt_tokens)
     state.prompt_logprobs[end - len(output.prompt_logprobs) : end] = output.prompt_logprobs
 
 

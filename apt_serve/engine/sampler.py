@@ -16,6 +16,7 @@ from apt_kernels import ops
 from apt_serve.engine.client import Logprob, TokenLogprobs
 from apt_serve.engine.logits_steps import LogitBias, LogitsStep, MinTokens, Penalties
 from apt_serve.engine.step import AddedSequence
+from apt_serve.engine.transfer import HostCopy, select_rows, to_device
 
 IntArray = npt.NDArray[np.int64]
 
@@ -28,23 +29,65 @@ class SamplerOutput:
     logprobs: list[TokenLogprobs | None]
 
 
-class Sampler:
-    """Sampling parameters of the running sequences by slot, and the choice itself."""
+class PendingLogprobs:
+    """Log-probabilities on their way to the host."""
 
-    def __init__(self, *, max_num_seqs: int, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        self._temperature = np.ones(max_num_seqs, dtype=np.float32)
-        self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
-        self._top_p = np.ones(max_num_seqs, dtype=np.float32)
-        self._min_p = np.zeros(max_num_seqs, dtype=np.float32)
-        self._seed = np.zeros(max_num_seqs, dtype=np.uint64)
+    def __init__(self, found: HostCopy, wanted: list[int]) -> None:
+        self._found = found
+        self._wanted = wanted
+
+    def read(self) -> list[TokenLogprobs]:
+        """Wait for them: one for each row."""
+        token_ids, chosen, values, ids = (tensor.tolist() for tensor in self._found.read())
+        return [
+            TokenLogprobs(
+                chosen=Logprob(token_id, logprob),
+                top=tuple(Logprob(i, v) for i, v in zip(row_ids[:count], row_values[:count], strict=True)),
+            )
+            for token_id, logprob, row_ids, row_values, count in zip(
+                token_ids, chosen, ids, values, self._wanted, strict=True
+            )
+        ]
+
+
+class Sampled:
+    """What a step samples, on its way to the host."""
+
+    def __init__(self, token_ids: torch.Tensor, rows: list[int], logprobs: PendingLogprobs | None) -> None:
+        self.token_ids = token_ids
+        """[R], on the device."""
+        self._copy = HostCopy(token_ids)
+        self._rows = rows
+        """Those with log-probabilities."""
+        self._logprobs = logprobs
+
+    def read(self) -> SamplerOutput:
+        """Wait for it."""
+        token_ids = self._copy.read()[0].tolist()
+        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
+        if self._logprobs is not None:
+            for row, found in zip(self._rows, self._logprobs.read(), strict=True):
+                logprobs[row] = found
+        return SamplerOutput(token_ids, logprobs)
+
+
+class Sampler:
+    """Sampling parameters of the running sequences by slot, and the choice itself, which waits for no device."""
+
+    def __init__(self, *, num_slots: int, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device) -> None:
+        self._temperature = np.ones(num_slots, dtype=np.float32)
+        self._top_k = np.zeros(num_slots, dtype=np.int64)
+        self._top_p = np.ones(num_slots, dtype=np.float32)
+        self._min_p = np.zeros(num_slots, dtype=np.float32)
+        self._seed = np.zeros(num_slots, dtype=np.uint64)
         self._num_logprobs: dict[int, int] = {}
         """By slot, of the sequences that want any."""
         self._drawing: set[int] = set()
         """Slots of the sequences whose temperature is above 0."""
         self.steps: tuple[LogitsStep, ...] = (
-            LogitBias(),
-            Penalties(vocab_size),
-            MinTokens(eos_token_ids),
+            LogitBias(device),
+            Penalties(vocab_size, device),
+            MinTokens(eos_token_ids, device),
         )
 
     def add(self, sequence: AddedSequence) -> None:
@@ -73,7 +116,7 @@ class Sampler:
         self._drawing.discard(slot)
         self._num_logprobs.pop(slot, None)
 
-    def sample(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> SamplerOutput:
+    def sample(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> Sampled:
         """Choose one token for each row.
 
         Args:
@@ -86,14 +129,13 @@ class Sampler:
         for step in self.steps:
             step.apply(logits, slots)
         token_ids = self._choose(logits, slots, positions)
-        logprobs: list[TokenLogprobs | None] = [None] * len(slots)
+        logprobs = None
         if rows:
             wanted = [self._num_logprobs[slots[row]] for row in rows]
-            for row, found in zip(rows, gather_logprobs(raw[rows], token_ids[rows], max(wanted), wanted), strict=True):
-                logprobs[row] = found
+            logprobs = gather_logprobs(select_rows(raw, rows), select_rows(token_ids, rows), wanted)
         for step in self.steps:
             step.accept(slots, token_ids)
-        return SamplerOutput(token_ids.tolist(), logprobs)
+        return Sampled(token_ids, rows, logprobs)
 
     def _choose(self, logits: torch.Tensor, slots: list[int], positions: list[int]) -> torch.Tensor:
         """[R] token ids."""
@@ -101,16 +143,12 @@ class Sampler:
             return ops.argmax(logits)
         return ops.sample(
             logits,
-            temperature=_on(logits, self._temperature[slots]),
-            top_k=_on(logits, self._top_k[slots]),
-            top_p=_on(logits, self._top_p[slots]),
-            min_p=_on(logits, self._min_p[slots]),
-            uniform=_on(logits, uniform_at(self._seed[slots], np.array(positions))),
+            temperature=to_device(self._temperature[slots], logits.device),
+            top_k=to_device(self._top_k[slots], logits.device),
+            top_p=to_device(self._top_p[slots], logits.device),
+            min_p=to_device(self._min_p[slots], logits.device),
+            uniform=to_device(uniform_at(self._seed[slots], np.array(positions)), logits.device),
         )
-
-
-def _on(logits: torch.Tensor, array: npt.NDArray[np.generic]) -> torch.Tensor:
-    return torch.from_numpy(array).to(logits.device)
 
 
 def uniform_at(seeds: npt.NDArray[np.uint64], positions: IntArray) -> npt.NDArray[np.float64]:
@@ -127,23 +165,12 @@ def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def gather_logprobs(
-    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int, wanted: list[int]
-) -> list[TokenLogprobs]:
+def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, wanted: list[int]) -> PendingLogprobs:
     """Log-probabilities of the given tokens and of the most likely ones.
 
     Args:
         logits: [R, V], as the model gave them.
         token_ids: [R].
-        num_top: most alternatives any row wants. wanted: [R] how many each wants.
+        wanted: [R] how many of the most likely tokens each row wants.
     """
-    chosen, values, ids = (x.tolist() for x in ops.top_logprobs(logits, token_ids.to(logits.device), num_top))
-    return [
-        TokenLogprobs(
-            chosen=Logprob(token_id, logprob),
-            top=tuple(Logprob(i, v) for i, v in zip(row_ids[:count], row_values[:count], strict=True)),
-        )
-        for token_id, logprob, row_ids, row_values, count in zip(
-            token_ids.tolist(), chosen, ids, values, wanted, strict=True
-        )
-    ]
+    return PendingLogprobs(HostCopy(token_ids, *ops.top_logprobs(logits, token_ids, max(wanted))), wanted)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from apt_core.errors import InvalidRequestError
 from apt_serve.engine.block_manager import BlockManager
+from apt_serve.engine.executor import num_slots
 from apt_serve.engine.policy import Policy, WaitingQueue
 from apt_serve.engine.sequence import Sequence
 from apt_serve.engine.step import AddedSequence, ScheduledSequence, SequenceOutput, StepInput, StepOutput
@@ -30,11 +31,13 @@ class _Plan:
 
     def take(self, seq: Sequence, num_tokens: int, new_block_ids: tuple[int, ...]) -> None:
         """Schedule the sequence's next tokens."""
-        start, num_known = seq.num_computed_tokens, len(seq.token_ids)
-        samples = start + num_tokens == num_known and num_known - seq.num_prompt_tokens < seq.max_tokens
+        start, num_there = seq.num_computed_tokens, seq.num_tokens
+        samples = start + num_tokens == num_there and num_there - seq.num_prompt_tokens < seq.max_tokens
         scheduled = ScheduledSequence(seq.slot, seq.seq_id, start, num_tokens, new_block_ids, samples)
         (self.single if num_tokens == 1 else self.chunks).append(scheduled)
         self.budget -= num_tokens
+        seq.num_computed_tokens += num_tokens
+        seq.num_in_flight += samples
 
 
 class Scheduler:
@@ -51,7 +54,10 @@ class Scheduler:
 
     A waiting sequence joins when all of its tokens fit, with a block to spare for each running sequence, lest a
     preemption undo it at once. If the policy lets it displace running ones, it is served before them, and preempts from
-    the last one on if it lacks a slot or blocks and they can supply them. Nobody overtakes the first that does not fit.
+    the last one on if it lacks a place or blocks that they can supply. Nobody overtakes the first that does not fit.
+
+    A step may be scheduled while steps before it are under way: sequences count the tokens in flight, and a slot that
+    was given up goes to nobody until every step that names it has been taken in.
     """
 
     def __init__(
@@ -62,8 +68,10 @@ class Scheduler:
         max_model_len: int,
         block_manager: BlockManager,
         policy: Policy,
+        max_steps_in_flight: int = 1,
     ) -> None:
         assert 0 < max_num_seqs <= max_num_batched_tokens, "every running sequence must get a token in every step"
+        self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._blocks = block_manager
@@ -72,8 +80,13 @@ class Scheduler:
         self._waiting = WaitingQueue(policy)
         self._running: list[Sequence] = []
         """In the policy's order."""
-        self._free_slots = list(range(max_num_seqs))
+        self._free_slots = list(range(num_slots(max_num_seqs, max_steps_in_flight)))
         """A heap: low slots are used first, so that rows stay dense."""
+        self._retired_slots: deque[tuple[int, int]] = deque()
+        """Given up while steps were under way: the number of the last of these, and the slot."""
+        self._num_scheduled_steps = 0
+        self._num_finished_steps = 0
+        """Taken in, or failed."""
         self._removed_slots: list[int] = []
         self._refusal: tuple[Sequence, int] | None = None
         """Who last found no blocks to join, and how many were free."""
@@ -140,6 +153,8 @@ class Scheduler:
         """The next step, or None if there is nothing to compute."""
         plan = _Plan(self._max_num_batched_tokens)
         self.first_scheduled = []
+        while self._retired_slots and self._retired_slots[0][0] <= self._num_finished_steps:
+            heapq.heappush(self._free_slots, self._retired_slots.popleft()[1])
         pending = deque(self._running)
         while True:
             newcomer = self._next_to_join(pending, plan)
@@ -151,27 +166,33 @@ class Scheduler:
                 break
         if not plan.single and not plan.chunks:
             return None
+        self._num_scheduled_steps += 1
         removed, self._removed_slots = tuple(self._removed_slots), []
         return StepInput(added=tuple(plan.added), scheduled=(*plan.single, *plan.chunks), removed_slots=removed)
 
     def update(self, step: StepInput, output: StepOutput) -> list[tuple[Sequence, SequenceOutput]]:
-        """Take in what a step computed; sequences that have left meanwhile are skipped."""
+        """Take in what the oldest step under way computed; sequences that have left meanwhile are skipped."""
+        self._num_finished_steps += 1
         results = []
         for scheduled, result in zip(step.scheduled, output.outputs, strict=True):
             seq = self._sequences.get(scheduled.seq_id)
             if seq is None or seq.slot != scheduled.slot:
                 continue
             assert result.seq_id == seq.seq_id and (scheduled.samples or not result.token_ids)
-            seq.num_computed_tokens = scheduled.start + scheduled.num_tokens
-            seq.token_ids.extend(result.token_ids)
+            if scheduled.samples:
+                seq.num_in_flight -= 1
+                seq.token_ids.extend(result.token_ids)
+                self._blocks.learn(seq, len(result.token_ids))
             results.append((seq, result))
         return results
 
     def fail_step(self, step: StepInput) -> list[Sequence]:
         """Drop every sequence of a step that raised, and all cached prefixes: some may never have been computed.
 
-        The next step names the failed one's removed slots again, as it is unknown whether the runner got to them.
+        The next step names the failed one's removed slots again, as it is unknown whether the runner got to them. So
+        the steps launched after it must be failed as well.
         """
+        self._num_finished_steps += 1
         failed = [seq for s in step.scheduled if (seq := self._sequences.get(s.seq_id)) and seq.slot == s.slot]
         for seq in failed:
             self.finish(seq)
@@ -222,7 +243,7 @@ class Scheduler:
         Preempts from the end of ``pending`` where the policy lets the sequence go before them; not if that would not
         be enough.
         """
-        if plan.budget <= len(pending) or not (self._free_slots or pending):
+        if plan.budget <= len(pending) or not (self._has_place or pending):
             return None
         if self._was_refused(seq):
             return None
@@ -230,12 +251,16 @@ class Scheduler:
             matched = self._blocks.match_prefix(seq)
             num_spare = len(self._running)
             missing = self._blocks.num_blocks_to_take(seq, matched) + num_spare - self._blocks.num_free_blocks
-            if self._free_slots and missing <= 0:
+            if self._has_place and missing <= 0:
                 return matched
             if not pending or missing > sum(len(other.block_ids) + 1 for other in pending):
                 self._refusal = (seq, self._blocks.num_free_blocks)
                 return None
             self._preempt(pending.pop(), plan)
+
+    @property
+    def _has_place(self) -> bool:
+        return len(self._running) < self._max_num_seqs
 
     def _was_refused(self, seq: Sequence) -> bool:
         """Whether it lacked blocks before and no more are free now: saves looking up a long prefix in every step."""
@@ -246,6 +271,8 @@ class Scheduler:
 
     def _continue(self, seq: Sequence, pending: deque[Sequence], plan: _Plan) -> None:
         """Give a running sequence its share; if there is no block for it, preempt from the end of ``pending``."""
+        if seq.awaits_its_end:
+            return
         num_tokens = min(seq.num_uncomputed_tokens, plan.budget - len(pending))
         assert num_tokens > 0
         while (new_blocks := self._blocks.allocate(seq, num_tokens)) is None:
@@ -273,8 +300,11 @@ class Scheduler:
 
     def _stop_running(self, seq: Sequence) -> None:
         self._blocks.free(seq)
-        seq.num_computed_tokens = 0
+        seq.num_computed_tokens = seq.num_in_flight = 0
         self._running.remove(seq)
-        heapq.heappush(self._free_slots, seq.slot)
+        if self._num_finished_steps == self._num_scheduled_steps:
+            heapq.heappush(self._free_slots, seq.slot)
+        else:
+            self._retired_slots.append((self._num_scheduled_steps, seq.slot))
         self._removed_slots.append(seq.slot)
         seq.slot = -1

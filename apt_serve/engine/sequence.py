@@ -16,7 +16,7 @@ class Sequence:
 
     seq_id: str
     token_ids: list[int]
-    """Prompt and output."""
+    """Prompt and output, as far as known."""
     num_prompt_tokens: int
     sampling: SamplingParams
     seed: int
@@ -33,8 +33,10 @@ class Sequence:
     extra_keys: tuple[str, ...] = ()
     """Part of the prefix-cache key: equal tokens under different extra keys never share blocks."""
 
+    num_in_flight: int = 0
+    """Tokens after these that steps under way are sampling."""
     num_computed_tokens: int = 0
-    """Leading tokens whose keys and values are in the cache."""
+    """Leading tokens whose keys and values are in the cache, or will be after the steps under way."""
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache supplied when the sequence was first scheduled."""
     block_ids: list[int] = field(default_factory=list)
@@ -47,18 +49,23 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens so far."""
-        return len(self.token_ids)
+        """Prompt and output tokens so far, those in flight included."""
+        return len(self.token_ids) + self.num_in_flight
 
     @property
     def num_output_tokens(self) -> int:
-        """Output tokens so far."""
+        """Output tokens known so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache; at least one while the sequence goes on."""
-        return len(self.token_ids) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def awaits_its_end(self) -> bool:
+        """Whether all it needs is under way. The last token's keys and values are never computed."""
+        return self.num_computed_tokens >= self.num_prompt_tokens + max(self.max_tokens - 1, 0)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -66,6 +66,8 @@ class SequenceOutput:
     seq_id: str
     token_ids: tuple[int, ...]
     """Accepted tokens; empty where none was sampled, several under speculation."""
+    num_computed_tokens: int
+    """Leading tokens of the sequence that are computed after this step."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One per token id, if asked for."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None

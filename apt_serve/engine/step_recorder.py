@@ -19,6 +19,7 @@ class StepRecorder:
         self._sink = sink
         self._scheduler = scheduler
         self._clock = TokenClock()
+        self._recorded_at = 0.0
         self._num_preemptions = 0
         self._cache_queries = 0
         self._cache_hits = 0
@@ -32,24 +33,30 @@ class StepRecorder:
         self._clock.forget(seq)
         self._sink.finished(finish_record(seq, reason))
 
-    def record(self, step: StepInput, started: float) -> None:
-        """Report the step that began at ``started`` (time.monotonic()) and has just been taken in."""
-        scheduler, newcomers = self._scheduler, self._scheduler.first_scheduled
+    def record(self, step: StepInput, launched_at: float, newcomers: list[Sequence]) -> None:
+        """Report a step that has just been taken in.
+
+        Args:
+            launched_at: time.monotonic(). A step that was launched while another ran is counted from the other's end.
+            newcomers: sequences that the step scheduled for the first time.
+        """
+        scheduler, now = self._scheduler, time.monotonic()
         times = self._clock.take()
         self._sink.step(
             StepRecord(
-                duration_s=time.monotonic() - started,
+                duration_s=now - max(launched_at, self._recorded_at),
                 num_prompt_tokens=sum(seq.num_prompt_tokens for seq in newcomers if seq.index == 0),
                 num_computed_tokens=step.num_tokens,
                 num_generated_tokens=times.num_generated,
                 num_preemptions=scheduler.num_preemptions - self._num_preemptions,
                 inter_token_latencies_s=tuple(times.token_gaps_s),
                 times_to_first_token_s=tuple(times.first_token_waits_s),
-                queue_times_s=tuple(started - seq.arrival_time for seq in newcomers),
+                queue_times_s=tuple(launched_at - seq.arrival_time for seq in newcomers),
                 prefix_cache_queries=scheduler.num_prefix_cache_queries - self._cache_queries,
                 prefix_cache_hits=scheduler.num_prefix_cache_hits - self._cache_hits,
             )
         )
+        self._recorded_at = now
         self._num_preemptions = scheduler.num_preemptions
         self._cache_queries, self._cache_hits = scheduler.num_prefix_cache_queries, scheduler.num_prefix_cache_hits
 

@@ -1,7 +1,8 @@
 """`python -m benchmarks.engine`: decode, prefill, TTFT and inter-token latency of the offline engine.
 
 Beside each rate stands its share of what the machine allows: see benchmarks/limits.py. A source may also be a shape
-without a checkpoint, such as random:qwen3-0.6b: see benchmarks/models.py.
+without a checkpoint, such as random:qwen3-0.6b: see benchmarks/models.py. With --device it is measured beside
+transformers' continuous batching instead: see benchmarks/engine/batching.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from apt_core.checkpoint import open_checkpoint
 from apt_core.model_config import ModelConfig
 from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
 from apt_serve.engine.engine import Engine
+from benchmarks.engine import batching
 from benchmarks.engine.offline import (
     LATENCY_HEADS,
     Timings,
@@ -55,8 +57,16 @@ class Shape:
 
 
 def main() -> None:
-    """Run every workload in interleaved rounds and print the medians."""
+    """Measure the engine on a checkpoint, or with --device beside transformers on models that are a shape only."""
     args = _parse()
+    if args.device is not None:
+        batching.run(args)
+    else:
+        _measure_alone(args)
+
+
+def _measure_alone(args: argparse.Namespace) -> None:
+    """Run every workload in interleaved rounds and print the medians."""
     precision = args.weight_precision or args.dtype
     config = EngineConfig(
         source=resolve(args.source),
@@ -124,6 +134,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int, default=EngineConfig.max_num_batched_tokens)
     parser.add_argument("--rounds", type=int, default=3)
+    beside = parser.add_argument_group("beside transformers")
+    beside.add_argument("--device", choices=["auto", "cpu", "cuda"], help="measure beside transformers there")
+    beside.add_argument("--models", nargs="+", choices=list(batching.MODELS), help="default: all known on a GPU")
+    beside.add_argument(
+        "--precisions", nargs="+", choices=batching.PRECISIONS, help="of APT's weights; default: all for the largest"
+    )
+    beside.add_argument("--seconds", type=float, default=0, help="begin no model after so long; 0: no limit")
     return parser.parse_args()
 
 

@@ -1,149 +1,146 @@
-"""`python -m benchmarks.kernels.linear`: packed products beside the machine's limits and torch's packed products.
+"""Products with packed weights beside torch's with bfloat16 ones, and its bare ones with 8 bits.
 
-Each weight exists often enough to come from memory at every call, as it does in a model. At 1 row a product should read
-at the machine's bandwidth, at many rows multiply at its rate. Ours and the peer take turns; figures are medians.
+At few rows a product should read its weight at the machine's bandwidth, at many multiply at its rate.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
-from statistics import median
 
 import torch
+import torch.nn.functional as F
 
-from apt_core.quantization import WeightPrecision, pack_weight, quantize_int8
+from apt_core.model_config import ModelConfig
 from apt_kernels import ops
 from apt_kernels.cpu import linear as cpu_linear
-from benchmarks.machine import Limits, describe, measure_limits
-from benchmarks.table import print_table
+from benchmarks.kernels.case import Call, Case, Maker, Work
+from benchmarks.kernels.sizes import FP8, Sizes
 
-SHAPES = {
-    "SmolLM2 qkv": (960, 576),
-    "SmolLM2 o": (576, 576),
-    "SmolLM2 gate+up": (3072, 576),
-    "SmolLM2 down": (576, 1536),
-    "SmolLM2 head": (49152, 576),
-    "Qwen3-0.6B qkv": (4096, 1024),
-    "Qwen3-0.6B o": (1024, 2048),
-    "Qwen3-0.6B gate+up": (6144, 1024),
-    "Qwen3-0.6B down": (1024, 3072),
-    "Qwen3-0.6B head": (151936, 1024),
-}
-ROWS = (1, 8, 32, 256)
-PRECISIONS: tuple[WeightPrecision, ...] = ("bfloat16", "int8", "int4")
-BITS = {"bfloat16": 16, "int8": 8, "int4": 5}
-BEYOND_CACHES = 96 * 2**20
-SECONDS_PER_CASE = 0.1
+MOST_HEAD_ROWS = 256
+"""The output head sees one row a sequence, however long its prompt."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """One product to measure."""
+class Kind:
+    """How a weight is kept."""
 
-    shape: tuple[int, int]
-    precision: WeightPrecision
-
-    @property
-    def weight_bytes(self) -> float:
-        """What one call reads."""
-        return self.shape[0] * self.shape[1] * BITS[self.precision] / 8
-
-    def ours(self) -> list[cpu_linear.PackedWeight]:
-        """Enough equal weights to exceed the caches."""
-        weight = torch.randn(self.shape)
-        return [pack_weight(weight, self.precision) for _ in range(self._num_copies())]
-
-    def peers(self) -> list[Callable[[torch.Tensor], object]]:
-        """torch's products: oneDNN's packed one in bfloat16, the bare integer product in int8; none in int4."""
-        weight = torch.randn(self.shape)
-        if self.precision == "bfloat16":
-            pack = partial(torch.ops.mkldnn._reorder_linear_weight, weight.bfloat16(), cpu_linear.PACK_BATCH)
-            return [partial(_onednn_linear, pack()) for _ in range(self._num_copies())]
-        if self.precision == "int8":
-            whole = quantize_int8(weight).values.T
-            return [partial(_int8_product, whole.clone()) for _ in range(self._num_copies())]
-        return []
-
-    def _num_copies(self) -> int:
-        return max(1, round(BEYOND_CACHES / self.weight_bytes))
+    weight_bytes: float
+    """Of one weight, its group's scale and minimum included."""
+    multiplied_in: torch.dtype
+    pack: Callable[[int, int, torch.device], ops.PackedWeight]
+    """Random weights [out, in]."""
+    op: str | None = None
+    """As `apt_kernels.triton.tuning` calls it; None: on processors only."""
 
 
-def _onednn_linear(packed: torch.Tensor, x: torch.Tensor) -> object:
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+def _pack_plain(num_out: int, num_in: int, device: torch.device) -> ops.PackedWeight:
+    return ops.pack_linear_weight(torch.randn(num_out, num_in, device=device).bfloat16())
 
 
-def _int8_product(weight: torch.Tensor, x: torch.Tensor) -> object:
-    """Without scales, and x is not quantized but merely converted: less than a linear layer needs."""
-    return torch._int_mm(x.to(torch.int8), weight)
+def _pack_int8(num_out: int, num_in: int, device: torch.device, *, has_int8_inputs: bool = False) -> ops.PackedWeight:
+    codes = torch.randint(-127, 128, (num_out, num_in), dtype=torch.int8, device=device)
+    return ops.pack_int8_weight(codes, torch.rand(num_out, device=device), has_int8_inputs=has_int8_inputs)
 
 
-def main() -> None:
-    """One table a number of rows."""
-    args = _parse()
-    if args.threads:
-        ops.set_num_threads(args.threads)
-    print(describe())
-    bf16, int8 = measure_limits(torch.bfloat16), measure_limits(torch.int8)
-    rates = f"bfloat16 {bf16.gemm_gflop_s:.0f}, int8 {int8.gemm_gflop_s:.0f} GOP/s"
-    print(f"limits    reads {bf16.read_gb_s:.1f} GB/s; {rates}")
-    results: dict[int, list[list[str]]] = {rows: [] for rows in args.rows}
-    for name, shape in SHAPES.items():
-        if args.only not in name:
-            continue
-        for precision in PRECISIONS:
-            case = Case(shape, precision)
-            ours, peers = case.ours(), case.peers()
-            for rows in args.rows:
-                seconds, peer_seconds = measure(ours, peers, torch.randn(rows, shape[1]).bfloat16())
-                limits = bf16 if precision == "bfloat16" else int8
-                results[rows].append([name, precision, *_cells(case, rows, seconds, peer_seconds, limits)])
-    for rows, table in results.items():
-        print(f"\n{rows} rows")
-        print_table(["", "weights", "us", "GB/s", "of reads", "GOP/s", "of rate", "x torch"], table)
+def _pack_int4(num_out: int, num_in: int, device: torch.device, *, group_size: int = 32) -> ops.PackedWeight:
+    codes = torch.randint(0, 16, (num_out, num_in), dtype=torch.uint8, device=device)
+    scales = torch.rand(num_out, num_in // group_size, device=device)
+    return ops.pack_int4_weight(codes, scales, -8 * scales)
 
 
-def measure(
-    ours: list[cpu_linear.PackedWeight], peers: list[Callable[[torch.Tensor], object]], x: torch.Tensor
-) -> tuple[float, float | None]:
-    """Median seconds of a call of ours, and of the peer's; they take turns in blocks."""
-    weights, products = cycle(ours), cycle(peers)
-    times: list[float] = []
-    peer_times: list[float] = []
-    deadline = time.perf_counter() + SECONDS_PER_CASE * (2 if peers else 1)
-    while time.perf_counter() < deadline or len(times) < 12:
-        for _ in range(4):
-            times.append(_seconds(partial(ops.packed_linear, x, next(weights))))
-        for _ in range(4 if peers else 0):
-            peer_times.append(_seconds(partial(next(products), x)))
-    return median(times), median(peer_times) if peer_times else None
+def _pack_fp8(num_out: int, num_in: int, device: torch.device) -> ops.PackedWeight:
+    codes = torch.randn(num_out, num_in, device=device).to(FP8)
+    return ops.pack_float8_weight(codes, torch.rand(num_out, device=device))
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+KINDS = {
+    "bfloat16": Kind(2, torch.bfloat16, _pack_plain),
+    "int8": Kind(1, torch.int8, _pack_int8),
+    "int4": Kind(0.5 + 4 / 32, torch.int8, _pack_int4),
+    "w8a16": Kind(1, torch.bfloat16, _pack_int8, "linear_w8a16"),
+    "w4a16": Kind(0.5 + 4 / 128, torch.bfloat16, partial(_pack_int4, group_size=128), "linear_w4a16"),
+    "w8a8": Kind(1, torch.int8, partial(_pack_int8, has_int8_inputs=True), "linear_w8a8"),
+    "fp8": Kind(1, FP8, _pack_fp8, "linear_fp8"),
+}
 
 
-def _cells(case: Case, rows: int, seconds: float, peer_seconds: float | None, limits: Limits) -> list[str]:
-    gb_s = case.weight_bytes / seconds / 1e9
-    gop_s = 2 * rows * case.shape[0] * case.shape[1] / seconds / 1e9
-    ratio = "-" if peer_seconds is None else f"{peer_seconds / seconds:.2f}"
-    shares = f"{gb_s / limits.read_gb_s:.0%}", f"{gop_s / limits.gemm_gflop_s:.0%}"
-    return [f"{seconds * 1e6:.0f}", f"{gb_s:.1f}", shares[0], f"{gop_s:.0f}", shares[1], ratio]
+def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
+    """Every layer's weight in every kind at every number of rows."""
+    for name, model in sizes.models:
+        for layer, (num_out, num_in) in layer_shapes(model).items():
+            for kind in sizes.weights:
+                for rows in sizes.rows:
+                    if layer == "head" and rows > MOST_HEAD_ROWS:
+                        continue
+                    yield _case(f"{name} {layer}", kind, rows, num_out, num_in, sizes.dtype, device)
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.linear", description=__doc__)
-    parser.add_argument("--threads", type=int, default=0, help="0 takes all")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--only", default="", help="shapes whose name contains this")
-    return parser.parse_args()
+def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the products of a model, projections fused."""
+    width, heads = model.hidden_size, model.num_heads * model.head_dim
+    return {
+        "qkv": (heads + 2 * model.num_kv_heads * model.head_dim, width),
+        "o": (width, heads),
+        "gate+up": (2 * model.intermediate_size, width),
+        "down": (width, model.intermediate_size),
+        "head": (model.vocab_size, width),
+    }
 
 
-if __name__ == "__main__":
-    main()
+def _case(
+    layer: str, kind_name: str, rows: int, num_out: int, num_in: int, dtype: torch.dtype, device: torch.device
+) -> Case:
+    kind = KINDS[kind_name]
+    num_bytes = num_out * num_in * kind.weight_bytes + rows * (num_in + num_out) * dtype.itemsize
+
+    def ours() -> Call:
+        return partial(ops.packed_linear, _x(rows, num_in, dtype, device), kind.pack(num_out, num_in, device))
+
+    return Case(
+        f"linear {kind_name}",
+        f"{layer} {num_out}x{num_in} rows {rows}",
+        Work(num_bytes, 2.0 * rows * num_out * num_in, kind.multiplied_in),
+        ours,
+        _peers(kind, rows, num_out, num_in, device),
+        {} if kind.op is None else {kind.op: (rows, num_out, num_in)},
+    )
+
+
+def _peers(kind: Kind, rows: int, num_out: int, num_in: int, device: torch.device) -> dict[str, Maker]:
+    """What torch has. The products in 8 bits get inputs in 8 bits already: less than a linear layer needs."""
+    x = partial(_x, rows, num_in, torch.bfloat16, device)
+
+    def weight() -> torch.Tensor:
+        return torch.randn(num_out, num_in, device=device).bfloat16()
+
+    def int_mm() -> Call:
+        codes = torch.randint(-127, 128, (num_out, num_in), dtype=torch.int8, device=device)
+        return partial(torch._int_mm, x().to(torch.int8), codes.T)
+
+    def scaled_mm() -> Call:
+        one = torch.ones((), device=device)
+        return partial(
+            torch._scaled_mm, x().to(FP8), weight().to(FP8).T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+        )
+
+    def onednn() -> Call:
+        return partial(_onednn, x(), torch.ops.mkldnn._reorder_linear_weight(weight(), cpu_linear.PACK_BATCH))
+
+    peers: dict[str, Maker] = {"F.linear": lambda: partial(F.linear, x(), weight())}
+    if device.type == "cpu":
+        peers["onednn"] = onednn
+    if kind.multiplied_in == torch.int8 and kind.weight_bytes == 1 and (device.type == "cpu" or rows >= 17):
+        peers["int_mm"] = int_mm  # on a GPU it takes no fewer rows
+    if kind.multiplied_in == FP8:
+        peers["scaled_mm"] = scaled_mm
+    return peers
+
+
+def _onednn(x: torch.Tensor, weight: torch.Tensor) -> object:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _x(rows: int, num_in: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(rows, num_in, device=device).to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.peers.engine import Variant, Weights
 from benchmarks.peers.process import Command, Line
@@ -65,9 +66,10 @@ def main() -> None:
     from vllm import LLM, SamplingParams  # only there in the peer's environment
 
     job = job_of_this_process()
+    dtype: Any = job.weights  # one of the names that vLLM knows
     llm = LLM(
         job.model,
-        dtype=job.weights,
+        dtype=dtype,
         max_model_len=job.workload.max_len,
         max_num_seqs=max(job.workload.batches),
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
@@ -76,6 +78,7 @@ def main() -> None:
 
     def generate(prompts: list[list[int]], output_len: int) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
-        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        inputs: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        llm.generate(inputs, sampling, use_tqdm=False)
 
     measure(generate, job)

@@ -35,7 +35,8 @@ Start = Callable[[int, Path], AbstractContextManager[subprocess.Popen[str]]]
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in data.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        is_section = isinstance(value, dict) and value  # an empty one is the default of a setting
+        leaves |= flat(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return leaves
 
 
@@ -123,6 +124,24 @@ class TestApplication:
     def test_a_replica_on_a_gpu_asks_for_one(self, deployment: Any) -> None:
         options = self.options(deployment, ServerConfig(EngineConfig(device="cuda"))).ray_actor_options
         assert options["num_gpus"] == 1
+
+    def test_a_replica_whose_ranks_share_a_model_asks_for_a_gpu_each(self, deployment: Any) -> None:
+        config = ServerConfig(EngineConfig(device="cuda", tensor_parallel_size=4))
+        assert self.options(deployment, config).ray_actor_options["num_gpus"] == 4
+
+    @pytest.mark.parametrize(("executor", "num_gpus"), [(None, 6), ("ray", 0)])
+    def test_a_replica_whose_model_is_split_asks_for_all_of_its_gpus(
+        self, deployment: Any, executor: str | None, num_gpus: int
+    ) -> None:
+        """Unless its engine asks Ray for them by itself, as it does across nodes."""
+        model = EngineConfig(
+            engine="vllm",
+            device="cuda",
+            tensor_parallel_size=2,
+            pipeline_parallel_size=3,
+            vllm_args={"distributed_executor_backend": executor} if executor else {},
+        )
+        assert self.options(deployment, ServerConfig(model)).ray_actor_options["num_gpus"] == num_gpus
 
 
 class FakeServer:

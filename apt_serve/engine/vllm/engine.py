@@ -82,7 +82,11 @@ class VllmEngine:
         """
         loaded = await asyncio.to_thread(load, self._config, self._recorder)
         self._info, self._loaded = loaded.info, loaded
-        await loaded.warm_up()
+        try:
+            await loaded.warm_up()
+        except BaseException:
+            await self.stop()
+            raise
         gc.collect()
         gc.freeze()  # the modules are here to stay: keep them out of every later collection
 

@@ -11,8 +11,9 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apt_core.checkpoint.hf_config import parse_generation_config
 from apt_core.document import read_document, read_optional_document
@@ -80,13 +81,18 @@ class LoadedVllm:
         """Let vLLM compile what it would compile at the first requests that need it: 20 s on a processor.
 
         That is random sampling and log-probabilities, anew for batches of one and of two, and then once for all others.
+
+        Raises:
+            EngineStartError: vLLM did not survive it.
         """
         sampling = SamplingParams(max_tokens=2, logprobs=1, prompt_logprobs=1)
         try:
             for n in (1, 2, 3):
                 request = GenerationRequest("warm-up", (0, 0), replace(sampling, n=n))
                 await asyncio.gather(*(self._finish(seq) for seq in make_sequences(request, self.info, -n)))
-        except Exception:  # what cannot be warmed up may still serve other requests
+        except Exception as error:  # what cannot be warmed up may still serve other requests
+            if self.llm.errored:
+                raise EngineStartError("vLLM died at its first request; its log says why") from error
             log.warning("vLLM failed at a first request", exc_info=True)
 
     def close(self) -> None:
@@ -146,11 +152,11 @@ def _vllm_config(config: EngineConfig, folder: Path) -> VllmConfig:
 def _start(vllm_config: VllmConfig, recorder: VllmRecorder) -> AsyncLLM:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    # A StatLoggerBase in all but name: inheriting it would import vLLM with the recorder's module.
+    loggers: Any = [lambda config, index: recorder]
     try:
         with _deaf_to_interrupts():
-            return AsyncLLM.from_vllm_config(
-                vllm_config, disable_log_stats=True, stat_loggers=[lambda config, index: recorder]
-            )
+            return AsyncLLM.from_vllm_config(vllm_config, disable_log_stats=True, stat_loggers=loggers)
     except Exception as error:
         raise EngineStartError(f"vLLM did not start ({error}); its log says why") from error
 
@@ -162,6 +168,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
     Ctrl-C in a terminal reaches every process of the server; vLLM's are to end when they are told to, after the last
     request.
     """
+    resource_tracker.ensure_running()  # here: where it starts it unblocks SIGINT, whatever the mask was before
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -43,7 +43,8 @@ class VllmRecorder:
     @property
     def kv_cache_usage(self) -> float:
         """Share of the KV-cache blocks in use after the last step, 0 to 1."""
-        return sum(stats.kv_cache_usage for stats in self._schedulers.values()) / max(len(self._schedulers), 1)
+        usages = [float(stats.kv_cache_usage) for stats in self._schedulers.values()]
+        return sum(usages) / max(len(usages), 1)
 
     def begin_work(self) -> None:
         """The first request after a time without any has come."""

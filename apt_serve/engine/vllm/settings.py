@@ -12,7 +12,7 @@ import torch
 from apt_core.checkpoint import exported, locate
 from apt_core.errors import ConfigError
 from apt_serve.engine.config import EngineConfig
-from apt_serve.engine.load import KV_CACHE_MEMORY_SHARE, available_memory
+from apt_serve.engine.kv_memory import HOST_MEMORY_SHARE, available_memory
 
 OWN_SPIN_COUNT = "1000"
 """What importing APT sets GOMP_SPINCOUNT to, for its own threads."""
@@ -29,8 +29,10 @@ _SETTING_OF = {
     "block_size": "block_size",
     "enable_prefix_caching": "enable_prefix_caching",
     "kv_cache_memory_bytes": "kv_cache_gib",
+    "gpu_memory_utilization": "gpu_memory_utilization",
     "num_gpu_blocks_override": "num_kv_blocks",
     "tensor_parallel_size": "tensor_parallel_size",
+    "pipeline_parallel_size": "pipeline_parallel_size",
 }
 """Arguments of vLLM's that a setting of APT's stands for."""
 
@@ -68,8 +70,10 @@ def engine_args(config: EngineConfig, folder: Path, *, is_cpu: bool) -> dict[str
         "block_size": None if config.block_size == EngineConfig.block_size else config.block_size,
         "enable_prefix_caching": config.enable_prefix_caching,
         "kv_cache_memory_bytes": _kv_cache_bytes(config, is_cpu),
+        "gpu_memory_utilization": config.gpu_memory_utilization,
         "num_gpu_blocks_override": config.num_kv_blocks,
         "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
         "disable_log_stats": True,  # of vLLM's own loggers; APT's recorder gets them all the same
     }
     return args | config.vllm_args
@@ -125,7 +129,7 @@ def _processors(config: EngineConfig) -> str:
     """The processors to bind each worker's threads to, one thread each."""
     assert config.num_threads is not None
     usable = sorted(os.sched_getaffinity(0))
-    wanted = config.num_threads * config.tensor_parallel_size
+    wanted = config.num_threads * config.num_workers
     if wanted > len(usable):
         raise ConfigError(f"vLLM gives each thread a processor; there are {len(usable)}", field="num_threads")
     size = config.num_threads
@@ -136,6 +140,4 @@ def _kv_cache_bytes(config: EngineConfig, is_cpu: bool) -> int | None:
     """None lets vLLM take its share of a GPU. On a processor that would be nine tenths of all memory, free or not."""
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * 2**30)
-    if is_cpu and "gpu_memory_utilization" not in config.vllm_args:
-        return int(available_memory() * KV_CACHE_MEMORY_SHARE)
-    return None
+    return int(available_memory() * HOST_MEMORY_SHARE) if is_cpu else None

@@ -65,9 +65,8 @@ def sampling_arguments(seq: Sequence, eos_token_ids: frozenset[int]) -> dict[str
 
 
 def sequence_output(seq: Sequence, output: RequestOutput) -> SequenceOutput:
-    """What a delta of vLLM's says of the sequence's new tokens. Marks the prompt as computed."""
+    """What a delta of vLLM's says of the sequence's new tokens; the first comes when the prompt is computed."""
     [completion] = output.outputs
-    seq.num_computed_tokens = seq.num_prompt_tokens
     seq.num_cached_tokens = output.num_cached_tokens or 0
     token_ids = tuple(completion.token_ids) if seq.max_tokens else ()
     logprobs = None
@@ -75,8 +74,10 @@ def sequence_output(seq: Sequence, output: RequestOutput) -> SequenceOutput:
         logprobs = tuple(
             _token_logprobs(token_id, entry, seq.sampling.logprobs)
             for token_id, entry in zip(token_ids, completion.logprobs, strict=False)
+            if entry is not None
         )
-    return SequenceOutput(seq.seq_id, token_ids, logprobs, _prompt_logprobs(seq, output.prompt_logprobs))
+    prompt_logprobs = _prompt_logprobs(seq, output.prompt_logprobs)
+    return SequenceOutput(seq.seq_id, token_ids, seq.num_tokens, logprobs, prompt_logprobs)
 
 
 def finish_reason(output: RequestOutput) -> FinishReason | None:

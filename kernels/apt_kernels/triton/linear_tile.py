@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from apt_kernels.triton import tuning
 from apt_kernels.triton.launch import num_processors, require, require_device
 from apt_kernels.triton.tuning import Config, tuned
 
@@ -284,9 +285,11 @@ Default = Callable[[int, int, int, torch.device], Config]
 
 def choose(op: str, num_rows: int, num_out: int, num_in: int, device: torch.device, default: Default) -> Config:
     """The configuration of a launch."""
-    return _choose(op, row_class(num_rows), num_out, num_in, device, default)
+    return _choose(op, row_class(num_rows), num_out, num_in, device, default, tuning.version())
 
 
 @cache
-def _choose(op: str, num_rows: int, num_out: int, num_in: int, device: torch.device, default: Default) -> Config:
+def _choose(
+    op: str, num_rows: int, num_out: int, num_in: int, device: torch.device, default: Default, version: int
+) -> Config:
     return tuned(op, shape_class(num_rows, num_out, num_in), device, default(num_rows, num_out, num_in, device))

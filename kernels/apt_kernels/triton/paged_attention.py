@@ -161,11 +161,9 @@ def _launch(
 ) -> None:
     num_tokens, num_seqs = sequences.load.num_tokens, sequences.load.num_seqs
     dims = max(triton.next_power_of_2(layer.head_dim), 16)
-    is_split = cut.num_segments > 1
-    acc, stats, num_partials = None, None, num_tokens * layer.num_heads * cut.num_segments
-    if is_split:
-        acc = torch.empty(num_partials * layer.head_dim, dtype=torch.float32, device=query.device)
-        stats = torch.empty(2 * num_partials, dtype=torch.float32, device=query.device)
+    num_partials = num_tokens * layer.num_heads * cut.num_segments if cut.num_segments > 1 else 0
+    acc = torch.empty(num_partials * layer.head_dim, dtype=torch.float32, device=query.device)
+    stats = torch.empty(2 * num_partials, dtype=torch.float32, device=query.device)
     scale_strides = (0, 0, 0) if cache.key_scales is None else cache.key_scales.stride()
     attend[(cut.num_tiles * layer.num_kv_heads, cut.num_segments)](
         *(out, acc, stats, query, cache.keys, cache.values, cache.key_scales, cache.value_scales),
@@ -181,17 +179,17 @@ def _launch(
         HAS_CAP=scores.soft_cap is not None,
         HAS_WINDOW=scores.window is not None,
         HAS_SEARCH=cut.has_search,
-        IS_SPLIT=is_split,
         enable_fp_fusion=True,
         **cut.config.options(),
     )
-    if is_split:
+    if num_partials > 0:
         merge[(num_tokens, layer.num_heads)](
             *(out, acc, stats, sequences.cu_seqlens_q, sequences.first_token, num_seqs, num_partials),
+            cut.num_segments,
             NUM_HEADS=layer.num_heads,
             HEAD_DIM=layer.head_dim,
             DIMS=dims,
-            SEGMENTS=cut.num_segments,
+            SEGMENTS=MAX_SEGMENTS,
             enable_fp_fusion=True,
         )
 

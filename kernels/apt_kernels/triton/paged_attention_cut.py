@@ -23,6 +23,15 @@ MIN_SEGMENT = 128
 """Keys; parts smaller than this cost more than they save."""
 PROGRAMS_PER_PROCESSOR = 4
 """That keep memory busy in a decode. A program with large tiles fills a processor alone."""
+EVEN_SEGMENT = 1024
+EVEN_PROGRAMS = 16
+"""Per processor. Long contexts of a decode are cut further than it takes to fill the device: with little more than one
+program for each place, most of it would wait for the last ones, and with contexts of all lengths for the longest."""
+WARP_GROUP_ROWS = 64
+SHARED_BYTES = 227 * 1024
+"""Of a processor, for all of its programs."""
+PLACES_OF_DECODES = 2
+"""Programs that a processor should have room for while it reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +81,15 @@ def cut_launch(layer: Layer, load: Load, device: torch.device) -> Cut:
     has_search = load.max_seqlen_q > tokens
     num_tiles = load.num_tokens // tokens + load.num_seqs if has_search else load.num_seqs
 
-    is_decode = _num_rows(layer, load.max_seqlen_q) <= MAX_DECODE_ROWS
-    num_wanted = num_processors(device) * (PROGRAMS_PER_PROCESSOR if is_decode else 1)
     num_keys = load.max_context_len if layer.window is None else min(load.max_context_len, layer.window + tokens)
-    num_parts = min(num_wanted // (num_tiles * layer.num_kv_heads), num_keys // MIN_SEGMENT, MAX_SEGMENTS)
-    return Cut(config, num_tiles, 1 << (max(num_parts, 1).bit_length() - 1), has_search)
+    num_places, num_programs = num_processors(device), num_tiles * layer.num_kv_heads
+    if _num_rows(layer, load.max_seqlen_q) <= MAX_DECODE_ROWS:
+        num_parts = min(num_places * PROGRAMS_PER_PROCESSOR // num_programs, num_keys // MIN_SEGMENT)
+        num_parts = max(num_parts, min(num_places * EVEN_PROGRAMS // num_programs, num_keys // EVEN_SEGMENT))
+    else:
+        num_parts = min(num_places // num_programs, num_keys // MIN_SEGMENT)
+    num_parts = min(max(num_parts, 1), MAX_SEGMENTS)
+    return Cut(config, num_tiles, 1 << (num_parts.bit_length() - 1), has_search)
 
 
 def shape_class(layer: Layer, max_seqlen_q: int) -> str:
@@ -102,20 +115,38 @@ def default_config(layer: Layer, max_seqlen_q: int) -> Config:
 
 
 def candidates(layer: Layer, max_seqlen_q: int) -> list[Config]:
-    """Worth measuring for a class; some may need more shared memory than a device has."""
-    rows = _num_rows(layer, max_seqlen_q)
-    is_decode = rows <= MAX_DECODE_ROWS
-    if is_decode:
+    """Worth measuring for a class: what a Hopper GPU has registers and shared memory for, as far as one can tell."""
+    rows, is_wide = _num_rows(layer, max_seqlen_q), layer.head_dim > 128
+    if rows <= MAX_DECODE_ROWS:
         heights = {rows, DECODE_ROWS_8BIT if layer.cache_dtype.itemsize == 1 else rows}
+        shapes = [
+            (height, tile, warps)
+            for height in sorted(heights)
+            for tile in (32, 64, 128)
+            for warps in ((2, 4) if height < DECODE_ROWS_8BIT else (4, 8))
+            if tile <= 32 * warps
+        ]
+        shared_bytes = SHARED_BYTES // PLACES_OF_DECODES
     else:
         heights = {rows, max(rows // 2, _num_rows(layer, 1))}
+        tiles = (32, 64) if is_wide else (64, 128)
+        shapes = [(height, tile, max(height // 16, 4)) for height in sorted(heights) for tile in tiles]
+        shared_bytes = SHARED_BYTES
     return [
         Config({"ROWS": height, "TILE": tile}, num_warps, num_stages)
-        for height in sorted(heights)
-        for tile in (32, 64, 128)
-        for num_warps in ((2, 4, 8) if is_decode else (4, 8))
-        for num_stages in ((2, 3, 4, 5) if is_decode else (2, 3, 4))
+        for height, tile, num_warps in shapes
+        for num_stages in (2, 3, 4)
+        if _shared_bytes(layer, height, tile, num_stages) <= shared_bytes
     ]
+
+
+def _shared_bytes(layer: Layer, height: int, tile: int, num_stages: int) -> int:
+    """What a program takes, about. Products by warp groups read every operand from there, also the queries."""
+    dims = int(triton.next_power_of_2(layer.head_dim))
+    tile_bytes = 2 * layer.cache_dtype.itemsize * dims * tile
+    if height < WARP_GROUP_ROWS:
+        return (num_stages - 1) * tile_bytes
+    return num_stages * tile_bytes + height * dims * layer.query_dtype.itemsize
 
 
 def _num_rows(layer: Layer, max_seqlen_q: int) -> int:

@@ -144,7 +144,7 @@ def _attend_tiles(
 )
 def attend(
     out_ptr,  # [T, H, D]
-    acc_ptr,  # [T, H, segments, D] float32; with IS_SPLIT instead of out
+    acc_ptr,  # [T, H, segments, D] float32; with several segments instead of out
     stats_ptr,  # [2, T, H, segments] float32: largest scores times log2(e), and sums of weights
     query_ptr,  # [T, H, D]
     key_ptr,  # [N, P, K, D]
@@ -180,7 +180,6 @@ def attend(
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SEARCH: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
 ):
     """ROWS // GROUP queries of a sequence, times the GROUP heads that share a kv head, over one segment of the context.
 
@@ -232,7 +231,8 @@ def attend(
     acc, total, largest, blocks = _attend_tiles(*state, full_end, end, *given, *strides, *scores, SHAPE, KIND, True)
 
     out_rows = tokens * NUM_HEADS + heads
-    if IS_SPLIT:
+    # Known at the launch only: as a constant it would be another kernel, which a longer context first asks for.
+    if tl.num_programs(1) > 1:
         parts = (out_rows - first_token * NUM_HEADS) * tl.num_programs(1) + tl.program_id(1)
         tl.store(stats_ptr + parts, largest * log2_scale, mask=is_row)
         tl.store(stats_ptr + num_partials + parts, total, mask=is_row)
@@ -244,7 +244,7 @@ def attend(
 
 
 @triton.jit(
-    do_not_specialize=("first_token", "num_seqs", "num_partials"),
+    do_not_specialize=("first_token", "num_seqs", "num_partials", "num_segments"),
     do_not_specialize_on_alignment=("cu_seqlens_ptr",),
 )
 def merge(
@@ -255,19 +255,21 @@ def merge(
     first_token,
     num_seqs,
     num_partials,
+    num_segments,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """One head of one token out of its segments; see `attend` for the tensors. Programs: (T, H)."""
+    """One head of one token out of its segments, up to SEGMENTS; see `attend` for the tensors. Programs: (T, H)."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if first_token + token >= tl.load(cu_seqlens_ptr + num_seqs):
         return
     dims = tl.arange(0, DIMS)
-    parts = (token * NUM_HEADS + head) * SEGMENTS + tl.arange(0, SEGMENTS)
-    largest = tl.load(stats_ptr + parts)
-    total = tl.load(stats_ptr + num_partials + parts)
+    segments = tl.arange(0, SEGMENTS)
+    parts = (token * NUM_HEADS + head) * num_segments + segments
+    largest = tl.load(stats_ptr + parts, mask=segments < num_segments, other=float("-inf"))
+    total = tl.load(stats_ptr + num_partials + parts, mask=segments < num_segments, other=0.0)
     best = tl.max(largest, 0)
     is_empty = largest == float("-inf")  # its acc is never written
     weights = tl.exp2(largest - tl.where(best == float("-inf"), 0.0, best))

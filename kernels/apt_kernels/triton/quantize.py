@@ -14,7 +14,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["x_stride"])
+@triton.jit
 def _quantize_kernel(
     x,
     x_stride,

@@ -195,7 +195,7 @@ def _next_best(values, size, order, place, TILE: tl.constexpr):
     return best, first
 
 
-@triton.jit(do_not_specialize=["num_top"])
+@triton.jit(do_not_specialize=["num_top"], do_not_specialize_on_alignment=["token_ids"])
 def logprobs_kernel(
     logits,
     stride,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """What `torch.empty` returns is full of NaN."""
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `torch.empty` returns is full of NaN.
+
+    Torch's own way refuses cuBLAS and sums along a row on a GPU, of which the twins are made.
+    """
+    if HAS_GPU:
+        monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+        monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+        yield
+        return
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def poisoned(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function that makes a tensor, which is then filled with NaN, or with the largest integer."""
+
+    def fill(*args: Any, **options: Any) -> torch.Tensor:
+        tensor = empty(*args, **options)
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensor.view(torch.uint8).fill_(0x7F)
+        elif tensor.dtype.is_floating_point:
+            tensor.fill_(float("nan"))
+        elif tensor.dtype != torch.bool:
+            tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return fill
 
 
 @pytest.fixture

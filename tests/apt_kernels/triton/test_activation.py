@@ -15,10 +15,7 @@ from tests.apt_kernels.triton.training_cases import (
     assert_same_bits,
     differentiate,
     normal,
-    poisoned,
 )
-
-poison = pytest.fixture(autouse=True)(poisoned)
 
 TOLERANCE = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

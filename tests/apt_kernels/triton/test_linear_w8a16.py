@@ -15,11 +15,8 @@ from tests.apt_kernels.triton.linear_cases import (
     assert_close,
     make_bias,
     make_x,
-    poisoned,
     use_blocks,
 )
-
-poison = pytest.fixture(autouse=True)(poisoned)
 
 
 def make_weight(num_out, num_in):

@@ -16,11 +16,9 @@ from tests.apt_kernels.triton.linear_cases import (
     make_bias,
     make_float8_x,
     make_x,
-    poisoned,
     use_blocks,
 )
 
-poison = pytest.fixture(autouse=True)(poisoned)
 ALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 """The interpreter converts bfloat16 well; only its products are garbage."""
 

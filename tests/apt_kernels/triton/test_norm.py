@@ -13,10 +13,7 @@ from tests.apt_kernels.triton.training_cases import (
     assert_same_bits,
     differentiate,
     normal,
-    poisoned,
 )
-
-poison = pytest.fixture(autouse=True)(poisoned)
 
 EPS = 1e-3
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

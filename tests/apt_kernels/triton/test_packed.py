@@ -7,9 +7,7 @@ from apt_kernels import ops, reference
 from apt_kernels.cpu.linear import PlainWeight
 from apt_kernels.triton import linear_fp8, packed, sampling
 from apt_kernels.triton.launch import INTERPRETED
-from tests.apt_kernels.triton.linear_cases import DEVICE, assert_close, make_bias, make_float8_x, make_x, poisoned
-
-poison = pytest.fixture(autouse=True)(poisoned)
+from tests.apt_kernels.triton.linear_cases import DEVICE, assert_close, make_bias, make_float8_x, make_x
 
 
 @pytest.fixture(autouse=True)

@@ -289,7 +289,8 @@ def test_contexts_are_cut_into_segments_where_there_are_few_programs_and_many_ke
     def segments(num_seqs: int, context: int, layer: Layer = LLAMA) -> int:
         return cut(layer, Load(num_seqs, num_seqs, 1, context), monkeypatch).num_segments
 
-    assert [segments(batch, 32_768) for batch in (1, 2, 8, 16, 64)] == [64, 32, 8, 4, 1]
+    assert [segments(batch, 32_768) for batch in (1, 2, 8, 16, 64, 512)] == [64, 32, 32, 16, 4, 1]
+    assert [segments(64, context) for context in (1024, 2048, 4096)] == [1, 2, 4]
     assert [segments(1, context) for context in (0, 128, 255, 256, 1024, 4096)] == [1, 1, 1, 2, 8, 32]
     assert segments(1, 32_768, dataclasses.replace(LLAMA, window=512)) == 4
 
@@ -335,13 +336,13 @@ def test_nothing_compiles_once_every_kind_of_step_was_seen(device, cache_dtype):
         paged.run(num_segments=num_segments)
 
     kinds = ([(1, 40)], [(300, 300)], [(1, 40), (300, 300)])
-    for num_segments in (1, 4, None):
+    for num_segments in (1, 4):
         for lengths in kinds:
             run(lengths, num_segments)
     others = ([(1, 1)] * 17, [(1, 1000), (1, 16)], [(1, 16)] * 3 + [(257, 999), (64, 64)], [(1, 5)] + [(200, 201)] * 8)
     with compilations() as compiled:
         for lengths in others:
-            for num_segments in (1, 4):
+            for num_segments in (1, 2, 16, 64, None):
                 run(lengths, num_segments)
     assert not compiled
 

@@ -10,9 +10,8 @@ from apt_kernels import reference
 from apt_kernels.triton import sampling
 from apt_kernels.triton.launch import INTERPRETED
 from apt_kernels.triton.tuning import Config
-from tests.apt_kernels.triton.linear_cases import DEVICE, NEEDS_GPU, poisoned
+from tests.apt_kernels.triton.linear_cases import DEVICE, NEEDS_GPU
 
-poison = pytest.fixture(autouse=True)(poisoned)
 # The interpreter's numpy warns of what exp and the division before it overflow to: 0 and infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value", "ignore:divide by zero")
 

@@ -10,9 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apt_kernels import ops, reference
 from apt_kernels.triton import activation, cross_entropy, norm, varlen_attention
 from apt_kernels.triton.launch import INTERPRETED
-from tests.apt_kernels.triton.training_cases import DEVICE, differentiate, normal, poisoned
-
-poison = pytest.fixture(autouse=True)(poisoned)
+from tests.apt_kernels.triton.training_cases import DEVICE, differentiate, normal
 
 CU_SEQLENS = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
 TARGETS = torch.arange(8, device=DEVICE)

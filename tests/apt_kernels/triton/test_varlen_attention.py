@@ -16,10 +16,7 @@ from tests.apt_kernels.triton.training_cases import (
     assert_same_bits,
     differentiate,
     normal,
-    poisoned,
 )
-
-poison = pytest.fixture(autouse=True)(poisoned)
 
 SCALE = 0.3
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

@@ -12,17 +12,6 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NEEDS
 DTYPES_WITHOUT_PRODUCTS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def poisoned(monkeypatch):
-    """New tensors are full of NaN, or of the largest integer, until somebody writes to them."""
-    # Without it cuBLAS refuses to run while everything must be deterministic.
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def normal(*shape, dtype=torch.float32, seed=0):
     """Random numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed)

@@ -43,6 +43,20 @@ def test_a_sequence_gets_the_blocks_its_tokens_fill() -> None:
     assert (blocks.num_free_blocks, blocks.num_used_blocks) == (5, 3)
 
 
+def test_a_block_whose_last_token_is_in_flight_is_known_once_the_token_is() -> None:
+    blocks = BlockManager(8, 4, True)
+    seq = make_sequence([1, 2, 3])
+    hold(blocks, seq)
+    seq.num_in_flight = 1
+    assert blocks.allocate(seq, 1) == ()  # for the token in flight
+    seq.num_computed_tokens = 4
+    assert blocks.match_prefix(make_sequence([1, 2, 3, 4, 5])) == []
+    seq.token_ids.append(4)
+    seq.num_in_flight = 0
+    blocks.learn(seq, 1)
+    assert blocks.match_prefix(make_sequence([1, 2, 3, 4, 5])) == seq.block_ids
+
+
 def test_tokens_within_the_last_block_need_no_new_one() -> None:
     blocks = BlockManager(8, 4, True)
     seq = make_sequence([1, 2, 3])

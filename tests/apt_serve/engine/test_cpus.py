@@ -87,6 +87,7 @@ def test_the_default_is_a_thread_per_core_within_the_quota(
     monkeypatch.setattr(cpus, "cpu_quota", lambda: quota)
     assert usable_cores() == threads
     assert step_threads(None) == threads
+    assert step_threads(None, num_processes=4) == max(threads // 4, 1)
 
 
 def test_this_machine_has_between_one_core_and_its_processors() -> None:

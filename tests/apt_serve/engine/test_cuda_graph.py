@@ -55,7 +55,7 @@ class Padded:
         if device != CPU:
             self.cache = [type(layer)(layer.keys.to(device), layer.values.to(device)) for layer in self.cache]
         sizes = {"max_num_seqs": 8, "max_model_len": MAX_MODEL_LEN}
-        self.batch = PersistentBatch(block_size=BLOCK_SIZE, device=device, **sizes)
+        self.batch = PersistentBatch(num_slots=8, max_model_len=MAX_MODEL_LEN, block_size=BLOCK_SIZE, device=device)
         self.forward = PaddedForward(tiny_model(dtype).to(device), self.cache, self.batch, **sizes)
 
     @torch.inference_mode()
@@ -93,6 +93,15 @@ def test_logits_are_those_of_the_sequences_that_sample():
     assert torch.equal(some, every[[0, 2]])
 
 
+def test_steps_of_all_sizes_leave_their_results_in_one_place():
+    padded = Padded()
+    places = set()
+    for size in padded_sizes(8):
+        output = padded.forward._compute(size)
+        places.add((output.hidden.data_ptr(), output.logits.data_ptr()))
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("pads_decodes", [False, True])
 def test_warming_up_leaves_no_trace(pads_decodes):
     def first_output(is_warm):
@@ -105,8 +114,8 @@ def test_warming_up_leaves_no_trace(pads_decodes):
             pads_decodes=pads_decodes,
         )
         if is_warm:
-            runner.warm_up(max_num_batched_tokens=20)
-        return runner.launch(warm_up_step(9, BLOCK_SIZE, SamplingParams(temperature=0, logprobs=3)))
+            runner.warm_up(max_num_batched_tokens=80)  # of more than one sequence
+        return runner.collect(runner.launch(warm_up_step(9, BLOCK_SIZE, SamplingParams(temperature=0, logprobs=3))))
 
     assert first_output(True) == first_output(False)
 

@@ -192,6 +192,8 @@ class Faulty:
 
     def __init__(self, runner):
         self.runner, self.is_broken = runner, False
+        self.max_steps_in_flight = runner.max_steps_in_flight
+        self.is_alive = True
 
     def launch(self, step):
         handle = self.runner.launch(step)
@@ -204,6 +206,9 @@ class Faulty:
 
     def reset(self):
         self.runner.reset()
+
+    def close(self):
+        self.runner.close()
 
 
 def test_a_failed_step_ends_its_own_requests_and_no_later_ones():

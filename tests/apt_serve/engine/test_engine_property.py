@@ -101,6 +101,12 @@ def test_decode_steps_padded_as_for_a_gpu_change_nothing(scenario):
     check(scenario, tokens, expected_output, pads_decodes=True)
 
 
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(scenario=scenarios)
+def test_steps_launched_before_the_one_before_them_is_known_change_nothing(scenario):
+    check(scenario, tokens, expected_output, pads_decodes=True, max_steps_in_flight=2)
+
+
 @pytest.mark.parametrize("name", NATIVE_MODELS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(scenario=scenarios)

@@ -56,14 +56,17 @@ def start(
     """A sequence whose prompt is computed."""
     params = SamplingParams(max_tokens=max_tokens, **sampling)
     seq = Sequence(f"seq-{next(_ids)}", list(prompt), len(prompt), params, seed=0, max_tokens=max_tokens, index=index)
-    seq.num_computed_tokens = len(prompt)
     processor.start(seq)
     return seq
 
 
-def push(processor: OutputProcessor, seq: Sequence, tokens: Tokens[int], **fields: Any) -> GenerationOutput | None:
+def push(
+    processor: OutputProcessor, seq: Sequence, tokens: Tokens[int], *, computed: int | None = None, **fields: Any
+) -> GenerationOutput | None:
+    """Process these tokens, which were sampled when so many were computed; if not said, all that were there."""
+    computed = seq.num_tokens if computed is None else computed
     seq.token_ids.extend(tokens)
-    return processor.process(seq, SequenceOutput(seq.seq_id, tuple(tokens), **fields))
+    return processor.process(seq, SequenceOutput(seq.seq_id, tuple(tokens), computed, **fields))
 
 
 def generate(processor: OutputProcessor, seq: Sequence, tokens: Tokens[int]) -> list[GenerationOutput]:
@@ -189,10 +192,9 @@ def test_accepted_tokens_behind_the_end_are_dropped(processor: OutputProcessor) 
 
 def test_scoring_a_prompt_ends_once_it_is_computed(processor: OutputProcessor) -> None:
     seq = start(processor, max_tokens=0)
-    seq.num_computed_tokens = 3
-    assert push(processor, seq, []) is None
-    seq.num_computed_tokens = len(PROMPT)
-    output = push(processor, seq, [])
+    seq.num_computed_tokens = len(PROMPT)  # the prompt's last chunk is under way
+    assert push(processor, seq, [], computed=3) is None
+    output = push(processor, seq, [], computed=len(PROMPT))
     assert output is not None
     assert (output.text, output.token_ids, output.finish_reason) == ("", (), "length")
     assert len(processor) == 0
@@ -202,10 +204,8 @@ def test_prompt_logprobs_of_all_chunks_come_with_the_first_delta(processor: Outp
     entries = [logprob(token) for token in PROMPT]
     seq = start(processor, prompt_logprobs=0)
     for computed, new in ((2, entries[1:3]), (4, entries[3:5])):
-        seq.num_computed_tokens = computed
-        assert push(processor, seq, [], prompt_logprobs=tuple(new)) is None
-    seq.num_computed_tokens = 5
-    first = push(processor, seq, [65], prompt_logprobs=())
+        assert push(processor, seq, [], computed=computed, prompt_logprobs=tuple(new)) is None
+    first = push(processor, seq, [65], computed=5, prompt_logprobs=())
     second = push(processor, seq, [66])
     assert first is not None and first.prompt_logprobs == (None, *entries[1:])
     assert second is not None and second.prompt_logprobs is None
@@ -214,12 +214,9 @@ def test_prompt_logprobs_of_all_chunks_come_with_the_first_delta(processor: Outp
 def test_prompt_logprobs_survive_a_preemption(processor: OutputProcessor) -> None:
     entries = [logprob(token) for token in PROMPT]
     seq = start(processor, prompt_logprobs=0, max_tokens=0)
-    seq.num_computed_tokens = 3
-    push(processor, seq, [], prompt_logprobs=tuple(entries[1:4]))
-    seq.num_computed_tokens = 2  # preempted, and begun again
-    push(processor, seq, [], prompt_logprobs=tuple(entries[1:3]))
-    seq.num_computed_tokens = 5
-    output = push(processor, seq, [], prompt_logprobs=tuple(entries[3:]))
+    push(processor, seq, [], computed=3, prompt_logprobs=tuple(entries[1:4]))
+    push(processor, seq, [], computed=2, prompt_logprobs=tuple(entries[1:3]))  # preempted, and begun again
+    output = push(processor, seq, [], computed=5, prompt_logprobs=tuple(entries[3:]))
     assert output is not None and output.prompt_logprobs == (None, *entries[1:])
 
 
@@ -227,8 +224,8 @@ def test_prompt_logprobs_that_were_delivered_are_not_delivered_again(processor: 
     seq = start(processor, prompt_logprobs=0, prompt=[65, 66])
     first = push(processor, seq, [67], prompt_logprobs=(logprob(66),))
     assert first is not None and first.prompt_logprobs == (None, logprob(66))
-    seq.num_computed_tokens = 3  # preempted, and computed again with its output
-    again = push(processor, seq, [68], prompt_logprobs=(logprob(66),))
+    # preempted, and computed again with its output
+    again = push(processor, seq, [68], computed=3, prompt_logprobs=(logprob(66),))
     assert again is not None and again.prompt_logprobs is None
 
 

@@ -25,7 +25,7 @@ def added(slot, sampling, token_ids=(1, 2), num_prompt_tokens=None, seed=0):
 
 
 def sampler_with(*params, **kwargs):
-    sampler = Sampler(max_num_seqs=16, vocab_size=VOCAB, eos_token_ids=frozenset({EOS}))
+    sampler = Sampler(num_slots=16, vocab_size=VOCAB, eos_token_ids=frozenset({EOS}), device=torch.device("cpu"))
     for slot, sampling in enumerate(params):
         sampler.add(added(slot, sampling, **kwargs))
     return sampler
@@ -34,7 +34,7 @@ def sampler_with(*params, **kwargs):
 def sample(sampler, logits, slots=None, positions=None):
     slots = list(range(len(logits))) if slots is None else slots
     positions = [5] * len(logits) if positions is None else positions
-    return sampler.sample(logits.clone(), slots, positions)
+    return sampler.sample(logits.clone(), slots, positions).read()
 
 
 def test_draws_follow_the_softmax_at_the_given_temperature():
@@ -142,5 +142,5 @@ def test_logprobs_are_the_models_own_before_penalties_and_temperature():
 
 
 def test_zero_alternatives_give_the_chosen_tokens_logprob_only():
-    (only,) = gather_logprobs(torch.zeros(1, VOCAB), torch.tensor([4]), 0, [0])
+    (only,) = gather_logprobs(torch.zeros(1, VOCAB), torch.tensor([4]), [0]).read()
     assert only.top == () and only.chosen.logprob == pytest.approx(-np.log(VOCAB))

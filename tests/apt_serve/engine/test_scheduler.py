@@ -65,7 +65,7 @@ def schedule(scheduler: Scheduler) -> StepInput:
 def run(scheduler: Scheduler, *, finish: bool = True) -> StepInput:
     """One step whose every sampled token is 7; sequences that have all their tokens finish."""
     step = schedule(scheduler)
-    outputs = tuple(SequenceOutput(s.seq_id, (7,) if s.samples else ()) for s in step.scheduled)
+    outputs = tuple(SequenceOutput(s.seq_id, (7,) if s.samples else (), s.start + s.num_tokens) for s in step.scheduled)
     for seq, _ in scheduler.update(step, StepOutput(outputs)):
         if finish and seq.num_output_tokens >= seq.max_tokens and seq.num_computed_tokens >= seq.num_prompt_tokens:
             scheduler.finish(seq)
@@ -191,7 +191,7 @@ def test_outputs_of_sequences_that_left_meanwhile_are_skipped() -> None:
     add(scheduler, stays, leaves)
     step = schedule(scheduler)
     scheduler.abort(leaves.seq_id)
-    output = StepOutput(tuple(SequenceOutput(s.seq_id, (7,)) for s in step.scheduled))
+    output = StepOutput(tuple(SequenceOutput(s.seq_id, (7,), 3) for s in step.scheduled))
     assert [seq for seq, _ in scheduler.update(step, output)] == [stays]
     assert leaves.num_output_tokens == 0
 
@@ -202,7 +202,7 @@ def test_a_new_sequence_of_the_same_name_has_no_part_in_the_old_ones_step() -> N
     step = schedule(scheduler)
     scheduler.abort(seq.seq_id)
     add(scheduler, seq)
-    assert scheduler.update(step, StepOutput((SequenceOutput(seq.seq_id, (7,)),))) == []
+    assert scheduler.update(step, StepOutput((SequenceOutput(seq.seq_id, (7,), 3),))) == []
     assert scheduler.fail_step(step) == []
     assert tokens_of(schedule(scheduler)) == {seq.seq_id: 3}
 
@@ -210,7 +210,7 @@ def test_a_new_sequence_of_the_same_name_has_no_part_in_the_old_ones_step() -> N
 def test_several_accepted_tokens_are_taken_in() -> None:
     scheduler, seq = make_scheduler(), make_sequence(3)
     add(scheduler, seq)
-    scheduler.update(schedule(scheduler), StepOutput((SequenceOutput(seq.seq_id, (7, 8)),)))
+    scheduler.update(schedule(scheduler), StepOutput((SequenceOutput(seq.seq_id, (7, 8), 3),)))
     assert seq.token_ids[3:] == [7, 8]
     assert tokens_of(schedule(scheduler)) == {seq.seq_id: 2}
 

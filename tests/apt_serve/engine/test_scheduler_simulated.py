@@ -3,15 +3,17 @@ holds: whatever attention would read must have been written for exactly this pre
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from zlib import crc32
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from apt_serve.engine.block_manager import BlockManager
+from apt_serve.engine.executor import num_slots
 from apt_serve.engine.policy import make_policy
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.engine.scheduler import Scheduler
@@ -51,9 +53,11 @@ class Row:
 
 @dataclass
 class SimulatedRunner:
-    """Keeps rows as the model runner does, and prefixes in place of keys and values."""
+    """Keeps rows as the model runner does, and prefixes in place of keys and values. It knows the tokens that the
+    scheduler does not know yet."""
 
     max_num_seqs: int
+    max_steps_in_flight: int
     budget: int
     block_size: int
     rows: dict[int, Row] = field(default_factory=dict)
@@ -83,7 +87,8 @@ class SimulatedRunner:
     def check(self, step: StepInput) -> None:
         assert 0 < step.num_tokens <= self.budget
         slots = [s.slot for s in step.scheduled]
-        assert len(set(slots)) == len(slots) and set(slots) <= set(range(self.max_num_seqs))
+        assert len(set(slots)) == len(slots) <= self.max_num_seqs
+        assert set(slots) <= set(range(num_slots(self.max_num_seqs, self.max_steps_in_flight)))
         is_longer = [s.num_tokens > 1 for s in step.scheduled]
         assert is_longer == sorted(is_longer)
         assert {a.slot for a in step.added} <= set(slots)
@@ -105,9 +110,9 @@ class SimulatedRunner:
             assert self.cache[self.place(row, position)] == expected, f"{s.seq_id} reads what is not its own"
         assert not s.samples or end == len(row.token_ids)
         if not s.samples:
-            return SequenceOutput(s.seq_id, ())
+            return SequenceOutput(s.seq_id, (), end)
         row.token_ids.append(next_token((row.extra_keys, tuple(row.token_ids))))
-        return SequenceOutput(s.seq_id, (row.token_ids[-1],))
+        return SequenceOutput(s.seq_id, (row.token_ids[-1],), end)
 
     def place(self, row: Row, position: int) -> tuple[int, int]:
         return row.block_ids[position // self.block_size], position % self.block_size
@@ -119,6 +124,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.live: dict[str, Sequence] = {}
+        self.in_flight: deque[tuple[StepInput, StepOutput]] = deque()
         self.num_added = 0
         self.num_finished = 0
 
@@ -129,20 +135,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         extra_blocks=st.integers(0, 6),
         caching=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
+        max_steps_in_flight=st.integers(1, 3),
     )
     def build(
-        self, block_size: int, max_num_seqs: int, extra_budget: int, extra_blocks: int, caching: bool, policy: str
+        self,
+        block_size: int,
+        max_num_seqs: int,
+        extra_budget: int,
+        extra_blocks: int,
+        caching: bool,
+        policy: str,
+        max_steps_in_flight: int,
     ) -> None:
         self.budget = max_num_seqs + extra_budget
         # Room for the longest sequence below, alone, and not much more; outputs are long, so that many runs preempt.
         self.blocks = BlockManager(-(-24 // block_size) + extra_blocks, block_size, caching)
-        self.runner = SimulatedRunner(max_num_seqs, self.budget, block_size)
+        self.runner = SimulatedRunner(max_num_seqs, max_steps_in_flight, self.budget, block_size)
         self.scheduler = Scheduler(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=self.budget,
             max_model_len=MAX_MODEL_LEN,
             block_manager=self.blocks,
             policy=make_policy(policy),
+            max_steps_in_flight=max_steps_in_flight,
         )
 
     @rule(
@@ -188,12 +203,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(fault=st.integers(0, 2))
     def fail(self, fault: int) -> None:
         step = self.scheduler.schedule()
-        assert step is not None
-        try:
+        if step is None:
+            return
+        with pytest.raises(SimulatedFault):
             self.runner.run(step, self.live, fault)
-        except SimulatedFault:
-            failed = self.scheduler.fail_step(step)
-        assert {seq.seq_id for seq in failed} == {s.seq_id for s in step.scheduled}
+        under_way = [*(launched for launched, _ in self.in_flight), step]
+        self.in_flight.clear()
+        affected = {s.seq_id for launched in under_way for s in launched.scheduled if self.is_live(s)}
+        failed = [seq for launched in under_way for seq in self.scheduler.fail_step(launched)]
+        assert sorted(seq.seq_id for seq in failed) == sorted(affected)
         for seq in failed:
             del self.live[seq.seq_id]
 
@@ -206,24 +224,38 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def abort_during_a_step(self, data: st.DataObject) -> None:
-        step = self.scheduler.schedule()
-        assert step is not None
-        output = self.runner.run(step, self.live)
+        self.launch()
         self.abort(data)
-        self.take_in(step, output)
+        self.take_in()
 
     def step(self) -> None:
-        step = self.scheduler.schedule()
-        assert (step is None) == (not self.live), "whenever there is work, a step does some of it"
-        if step is not None:
-            self.take_in(step, self.runner.run(step, self.live))
+        """As the engine steps."""
+        if not self.launch() or len(self.in_flight) == self.runner.max_steps_in_flight:
+            self.take_in()
 
-    def take_in(self, step: StepInput, output: StepOutput) -> None:
+    def launch(self) -> bool:
+        step = self.scheduler.schedule()
+        if step is None:
+            assert self.in_flight or not self.live, "whenever there is work, a step does some of it"
+            return False
+        used = {s.slot for launched, _ in self.in_flight for s in launched.scheduled}
+        assert used.isdisjoint(added.slot for added in step.added), "a slot was given away while a step names it"
+        self.in_flight.append((step, self.runner.run(step, self.live)))
+        return True
+
+    def is_live(self, s: ScheduledSequence) -> bool:
+        return s.seq_id in self.live and self.live[s.seq_id].slot == s.slot
+
+    def take_in(self) -> None:
+        if not self.in_flight:
+            return
+        step, output = self.in_flight.popleft()
+        expected = [s.seq_id for s in step.scheduled if self.is_live(s)]
         results = self.scheduler.update(step, output)
-        assert [seq.seq_id for seq, _ in results] == [s.seq_id for s in step.scheduled if s.seq_id in self.live]
+        assert [seq.seq_id for seq, _ in results] == expected
         for seq, result in results:
             is_stopped = result.token_ids == (STOP_TOKEN,)
-            if seq.num_computed_tokens >= seq.num_prompt_tokens and (
+            if result.num_computed_tokens >= seq.num_prompt_tokens and (
                 is_stopped or seq.num_output_tokens == seq.max_tokens
             ):
                 self.finish(seq)
@@ -253,11 +285,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         # Whoever is first in line gets at least a token in every step, and without arrivals nobody comes before it.
         bound = sum(2 * seq.num_prompt_tokens + seq.max_tokens for seq in self.live.values()) * 2
-        for _ in range(bound):
+        for _ in range(bound * self.runner.max_steps_in_flight + len(self.in_flight)):
             self.step()
         assert not self.live, "sequences starve"
         assert self.blocks.num_free_blocks == self.blocks.num_blocks
-        assert sorted(self.scheduler._free_slots) == list(range(self.runner.max_num_seqs))
+        slots = [*self.scheduler._free_slots, *(slot for _, slot in self.scheduler._retired_slots)]
+        assert sorted(slots) == list(range(num_slots(self.runner.max_num_seqs, self.runner.max_steps_in_flight)))
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -75,7 +75,7 @@ def test_dtypes_that_no_quantized_product_takes(dtype, setting):
 
 @pytest.mark.parametrize("setting", ["weight_precision", "lm_head_precision"])
 def test_a_precision_there_is_not_is_refused(setting):
-    with pytest.raises(ConfigError, match="'bfloat16', 'int8' or 'int4'") as caught:
+    with pytest.raises(ConfigError, match="'float8', 'int8' or 'int4'") as caught:
         parse(EngineConfig, {setting: "int3"}, where="model")
     assert caught.value.field == f"model.{setting}"
 
@@ -94,13 +94,23 @@ def test_the_head_has_a_precision_of_its_own():
     assert 0 < int8 < int4 < 0.5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the message is for a GPU")
-def test_devices_that_have_no_packed_head():
-    with pytest.raises(ConfigError, match="for processors"):
-        load(EngineConfig(device="cuda", lm_head_precision="int8"))
+@pytest.mark.parametrize("setting", ["weight_precision", "lm_head_precision"])
+def test_a_precision_that_the_device_has_no_product_for_is_refused(setting):
+    with pytest.raises(ConfigError, match="float32, bfloat16, int8, int4 on cpu, got float8") as caught:
+        load(EngineConfig(device="cpu", **{setting: "float8"}))
+    assert caught.value.field == setting
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the message is for a GPU")
-def test_devices_that_have_no_such_product():
-    with pytest.raises(ConfigError, match="for processors"):
-        load(EngineConfig(device="cuda", weight_precision="int8"))
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("precision", "least"), [("float8", 0.85), ("int8", 0.9), ("int4", 0.85)])
+def test_on_a_gpu_the_next_token_is_mostly_that_of_float32(expected, precision, least):
+    texts = [[*result.prompt_token_ids, *result.token_ids] for result in expected]
+    scored = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    llm = LLM(EMBEDDED_MODEL, device="cuda", max_model_len=256, weight_precision=precision)
+    agrees = [
+        entry.top[0].token_id == entry.chosen.token_id
+        for result, truth in zip(llm.generate(texts, scored), expected, strict=True)
+        for entry in result.prompt_logprobs[len(truth.prompt_token_ids) :]
+    ]
+    assert sum(agrees) / len(agrees) >= least

@@ -73,7 +73,9 @@ def tiny_tokenizer():
     return HFTokenizer(tokenizer, chat_template=None, file="tiny")
 
 
-def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, model=None, pads_decodes=False, **settings):
+def tiny_engine(
+    metrics=None, executor=None, num_kv_blocks=64, model=None, pads_decodes=False, max_steps_in_flight=1, **settings
+):
     """A real engine over a tiny model, the exact one if none is given."""
     model = model or tiny_model()
     settings = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32} | settings
@@ -96,6 +98,7 @@ def tiny_engine(metrics=None, executor=None, num_kv_blocks=64, model=None, pads_
         max_model_len=info.max_model_len,
         eos_token_ids=info.eos_token_ids,
         pads_decodes=pads_decodes,
+        max_steps_in_flight=max_steps_in_flight,
     )
     return Engine(config, metrics, model=LoadedModel(info, executor(runner) if executor else runner, num_kv_blocks))
 

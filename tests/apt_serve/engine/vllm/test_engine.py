@@ -25,6 +25,7 @@ from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.metrics import FinishRecord, StepRecord
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.engine.vllm import VllmEngine, engine
+from apt_serve.engine.vllm.load import EngineStartError
 from tests.apt_serve.engine.vllm.fake import TEXT, FakeLlm, fake_vllm
 
 PROMPT = (1, 2, 3)
@@ -203,6 +204,15 @@ async def test_a_dead_engine_takes_nothing(start: Start) -> None:
     assert not made.stats().is_alive
     with pytest.raises(EngineStoppedError):
         await collect(made)
+
+
+async def test_an_engine_that_dies_at_its_first_request_has_not_started(start: Start) -> None:
+    llm = FakeLlm(error=ValueError("out of memory"))
+    await start(llm)  # what only fails may still serve other requests
+    llm.errored = True
+    with pytest.raises(EngineStartError, match="first request"):
+        await start(llm)
+    assert llm.num_shutdowns == 1
 
 
 @pytest.mark.parametrize(("reason", "kind"), [("error", GenerationFailedError), ("abort", None)])

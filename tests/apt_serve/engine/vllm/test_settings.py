@@ -40,8 +40,10 @@ def test_every_setting_that_applies_is_passed_on() -> None:
         block_size=32,
         enable_prefix_caching=False,
         kv_cache_gib=1.5,
+        gpu_memory_utilization=0.7,
         num_kv_blocks=9,
         tensor_parallel_size=2,
+        pipeline_parallel_size=3,
     )
     assert given == {
         "model": "/models/m",
@@ -55,8 +57,10 @@ def test_every_setting_that_applies_is_passed_on() -> None:
         "block_size": 32,
         "enable_prefix_caching": False,
         "kv_cache_memory_bytes": 3 * 2**29,
+        "gpu_memory_utilization": 0.7,
         "num_gpu_blocks_override": 9,
         "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 3,
         "disable_log_stats": True,
     }
 
@@ -78,7 +82,6 @@ def test_a_processor_gives_a_share_of_its_free_memory(monkeypatch: pytest.Monkey
     monkeypatch.setattr(settings, "available_memory", lambda: 10 * 2**30)
     assert args(is_cpu=True)["kv_cache_memory_bytes"] == 2 * 2**30
     assert args(is_cpu=True, kv_cache_gib=3)["kv_cache_memory_bytes"] == 3 * 2**30
-    assert args(is_cpu=True, vllm_args={"gpu_memory_utilization": 0.4})["kv_cache_memory_bytes"] is None
 
 
 def test_what_belongs_to_the_other_engine_is_refused_by_name() -> None:
@@ -86,8 +89,9 @@ def test_what_belongs_to_the_other_engine_is_refused_by_name() -> None:
         assert refusal(EngineConfig, engine="vllm", **given) == f"{next(iter(given))}: does not apply to engine vllm"
     assert refusal(EngineConfig, engine="vllm", dtype="float64").startswith("dtype: ")
     assert refusal(EngineConfig, vllm_args={"seed": 1}) == "vllm_args: does not apply to engine native"
-    assert refusal(EngineConfig, tensor_parallel_size=2) == "tensor_parallel_size: does not apply to engine native"
-    assert refusal(EngineConfig, engine="vllm", tensor_parallel_size=0).startswith("tensor_parallel_size: ")
+    assert refusal(EngineConfig, pipeline_parallel_size=2) == "pipeline_parallel_size: does not apply to engine native"
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        assert refusal(EngineConfig, engine="vllm", **{name: 0}).startswith(f"{name}: ")
 
 
 def test_arguments_are_checked() -> None:

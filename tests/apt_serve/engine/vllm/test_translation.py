@@ -76,7 +76,7 @@ def test_a_prompt_is_scored_by_generating_a_token_that_is_dropped() -> None:
         TokenLogprobs(Logprob(5, -0.5), ()),
         TokenLogprobs(Logprob(6, -0.25), ()),
     )
-    assert seq.num_computed_tokens == 3
+    assert result.num_computed_tokens == 3
 
 
 def test_the_chosen_token_and_the_best_ones_best_first() -> None:
@@ -92,7 +92,7 @@ def test_no_logprobs_unless_asked_for() -> None:
     seq = sequence()
     result = sequence_output(seq, Output([Completion([8])], num_cached_tokens=2))
     assert (result.logprobs, result.prompt_logprobs) == (None, None)
-    assert (seq.num_computed_tokens, seq.num_cached_tokens) == (3, 2)
+    assert (result.num_computed_tokens, seq.num_cached_tokens) == (3, 2)
 
 
 @pytest.mark.parametrize(
