@@ -180,8 +180,6 @@ def store_kv(
     if _is_triton(key, value):
         dense = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (key, value))
         triton_store_kv.store_kv(*dense, *caches, slot_mapping, key_scales, value_scales)
-    elif _is_native(key, value) and _has_native_cache(key, *caches, key_scales, value_scales):
-        torch.ops.apt_cpu.store_kv(key, value, *caches, key_scales, value_scales, slot_mapping)
     else:
         reference.store_kv(key, value, *caches, slot_mapping, key_scales, value_scales)
 
@@ -259,12 +257,10 @@ def paged_attention(
         return _into(out, capped)
     can_tile = query.shape[2] % 16 == 0 and scale > 0
     if can_tile and _is_native(query) and _has_native_cache(query, key_cache, value_cache, key_scales, value_scales):
-        caches = (key_cache, value_cache, key_scales, value_scales)
-        if out is None:
-            made: torch.Tensor = torch.ops.apt_cpu.paged_attention(query, *caches, *layout, scale, window)
-            return made
-        torch.ops.apt_cpu.paged_attention_out(out, query, *caches, *layout, scale, window)
-        return out
+        made: torch.Tensor = torch.ops.apt_cpu.paged_attention(
+            query, key_cache, value_cache, key_scales, value_scales, *layout, scale, window
+        )
+        return _into(out, made)
     arguments = (scale, window, key_scales, value_scales)
     if query.device.type == "cpu":
         result = cpu_attention.paged_attention(query, key_cache, value_cache, *layout, num_decodes, *arguments)

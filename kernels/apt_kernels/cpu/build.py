@@ -36,8 +36,6 @@ KERNEL_FLAGS = (
 )
 """No -ffast-math: infinities and NaN keep their meaning, and sums their order. One region for the register allocator:
 with its own choice GCC 12 sends registers of the int8 product's innermost loop through memory, at half the speed."""
-OPENMP_FLAGS = ("-fopenmp",)
-"""Of the one file that uses it. Nothing is linked for it: its runtime is torch's, which the process has in any case."""
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 AVX512_FLAGS = (
     *AVX2_FLAGS,
@@ -69,7 +67,7 @@ def library_path() -> Path:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    settings = (FLAGS, KERNEL_FLAGS, OPENMP_FLAGS, ISA_FLAGS, torch.__version__, platform.machine())
+    settings = (FLAGS, KERNEL_FLAGS, ISA_FLAGS, torch.__version__, platform.machine())
     digest.update(repr(settings).encode())
     return cache_folder() / "ops" / f"ops-{digest.hexdigest()[:16]}.so"
 
@@ -106,7 +104,7 @@ def units() -> list[Unit]:
     kernels = [source for source in sources if "APT_ISA" in source.read_text()]
     common = [source for source in sources if source not in bindings and source not in kernels]
     units = [Unit(source, _torch_flags(), f"{source.stem}.o") for source in bindings]
-    units += [Unit(source, OPENMP_FLAGS if source.stem == "openmp" else (), f"{source.stem}.o") for source in common]
+    units += [Unit(source, (), f"{source.stem}.o") for source in common]
     for isa, flags in ISA_FLAGS.items():
         isa_flags = (*KERNEL_FLAGS, *flags, f"-DAPT_ISA={isa}")
         units += [Unit(source, isa_flags, f"{source.stem}.{isa}.o") for source in kernels]

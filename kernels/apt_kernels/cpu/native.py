@@ -77,16 +77,6 @@ def set_num_threads(count: int) -> None:
         torch.ops.apt_cpu.set_num_threads(count)
 
 
-def use_openmp() -> None:
-    """Run the C++ ops on the threads of the calling process's OpenMP runtime instead of their own.
-
-    For a host such as vLLM, which binds one OpenMP thread to each core and lets it spin between two ops. What is set
-    here `set_num_threads` sets back.
-    """
-    if _is_loaded():
-        torch.ops.apt_cpu.use_openmp()
-
-
 def log_state() -> None:
     """One line: which instruction set serves, or why torch's own ops do."""
     log.log(logging.WARNING if _state.problem else logging.INFO, "CPU ops: %s", description())
@@ -111,9 +101,6 @@ def _register_fakes() -> None:
 
     def two_like_first(x: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
         return like_first(x), like_first(x)
-
-    def nothing(*_: object) -> None:
-        pass
 
     def half(gate_up: torch.Tensor) -> torch.Tensor:
         return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
@@ -140,8 +127,6 @@ def _register_fakes() -> None:
         "silu_and_mul": half,
         "rope_and_store_kv": queries,
         "paged_attention": like_first,
-        "paged_attention_out": nothing,
-        "store_kv": nothing,
         "argmax": token_ids,
         "sample": token_ids,
         "top_logprobs": logprobs,

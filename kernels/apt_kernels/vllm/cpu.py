@@ -47,11 +47,10 @@ class CpuAttentionImpl(PagedAttentionImpl):
 
 
 class CpuMetadataBuilder(PagedMetadataBuilder):
-    """Made once in each worker, which has bound a thread of OpenMP's to each core by then: the ops run on these."""
+    """Made once in each worker."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        native.use_openmp()
         logger.info("APT's attention serves %d layers (%s)", len(layer_names), native.description())

@@ -107,7 +107,7 @@ class HeadTask {
   // Calls take(split, state) with the result of each split, in order.
   template <typename F>
   void run(F take) {
-    for (int64_t r = 0; r < rows_; ++r) products_.set_query(r, static_cast<const T*>(a_.query) + token_of(r) * a_.query_stride + head_offset(r));
+    for (int64_t r = 0; r < rows_; ++r) products_.set_query(r, static_cast<const T*>(a_.query) + row_offset(r));
     find_keys(std::max(item_.first_split * kSplit, key_begin_ / kTile * kTile));
     prefetch_rows(next_->keys, kTile, 0, dim_);
     prefetch_rows(next_->values, kTile, 0, dim_);
@@ -123,7 +123,7 @@ class HeadTask {
   void write(const State& total) const {
     for (int64_t r = 0; r < rows_; ++r) {
       const float inverse = 1.0f / total.weights[r];
-      T* out = static_cast<T*>(a_.out) + token_of(r) * a_.num_heads * dim_ + head_offset(r);
+      T* out = static_cast<T*>(a_.out) + row_offset(r);
       for (int64_t d = 0; d < dim_; d += kLanes) store(out + d, load(total.sums + r * dim_ + d) * inverse);
     }
   }
@@ -139,8 +139,10 @@ class HeadTask {
   }
 
   // Rows are queries x heads of the group.
-  int64_t token_of(int64_t row) const { return a_.cu_seqlens_q[item_.seq] + item_.first_query + row / group_; }
-  int64_t head_offset(int64_t row) const { return (kv_head_ * group_ + row % group_) * dim_; }
+  int64_t row_offset(int64_t row) const {
+    const int64_t token = a_.cu_seqlens_q[item_.seq] + item_.first_query + row / group_;
+    return (token * a_.num_heads + kv_head_ * group_ + row % group_) * dim_;
+  }
 
   // Calls f(key, count, block, slot) for keys begin .. end - 1, a block at a time; no other place of the caches is ever
   // read.

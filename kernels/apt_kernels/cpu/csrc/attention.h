@@ -15,13 +15,12 @@
 namespace apt {
 
 struct PagedAttention {
-  const void* query;  // [T, num_heads, head_dim], a token's heads side by side
-  int64_t query_stride;  // from token to token, in elements
+  const void* query;  // [T, num_heads, head_dim], contiguous
   const void* key_cache;
   const void* value_cache;
   const float* key_scales;  // of an int8 cache; null of any other
   const float* value_scales;
-  void* out;  // [T, num_heads, head_dim], contiguous
+  void* out;  // as query
   const int32_t* cu_seqlens_q;  // [num_seqs + 1]
   const int32_t* context_lens;  // [num_seqs]
   const int32_t* block_tables;  // [num_seqs, table_stride]

@@ -13,7 +13,6 @@
 #include "checks.h"
 #include "elementwise.h"
 #include "isa.h"
-#include "openmp.h"
 #include "thread_pool.h"
 
 namespace {
@@ -99,51 +98,20 @@ Tensor rope_and_store_kv(const Tensor& qkv, const Tensor& cos, const Tensor& sin
   return query;
 }
 
-void store_kv(const Tensor& key, const Tensor& value, Tensor key_cache, Tensor value_cache,
-              const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
-              const Tensor& slot_mapping) {
-  const KVCache cache{key_cache, value_cache, key_scales, value_scales};
-  check_cache(cache, key);
-  check_alike(value, key, "value");
-  const int64_t tokens = slot_mapping.numel(), heads = key_cache.size(2), dim = key_cache.size(3);
-  for (const Tensor& x : {key, value})
-    TORCH_CHECK(x.dim() == 3 && x.size(0) == tokens && x.size(1) == heads && x.size(2) == dim,
-                "key and value must be [T, ", heads, ", ", dim, "]");
-  const Tensor k = with_dense_tokens(key), v = with_dense_tokens(value);
-  TORCH_CHECK(slot_mapping.scalar_type() == at::kLong && slot_mapping.dim() == 1, "slot_mapping must be int64 [T]");
-  const Tensor slots = slot_mapping.contiguous();
-  check_slots(slots.const_data_ptr<int64_t>(), tokens, key_cache.size(0) * key_cache.size(1));
-  apt::StoreKV args{};
-  args.key = k.const_data_ptr();
-  args.value = v.const_data_ptr();
-  args.key_stride = k.stride(0);
-  args.value_stride = v.stride(0);
-  set_cache(args, cache);
-  args.slots = slots.const_data_ptr<int64_t>();
-  args.num_tokens = tokens;
-  args.num_kv_heads = heads;
-  args.head_dim = dim;
-  args.is_bf16 = is_bf16(key);
-  APT_DISPATCH(store_kv, args);
-}
-
-void paged_attention_out(Tensor out, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                         const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
-                         const Tensor& cu_seqlens_q, const Tensor& context_lens, const Tensor& block_tables,
-                         double scale, std::optional<int64_t> window) {
+Tensor paged_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                       const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
+                       const Tensor& cu_seqlens_q, const Tensor& context_lens, const Tensor& block_tables,
+                       double scale, std::optional<int64_t> window) {
   const KVCache cache{key_cache, value_cache, key_scales, value_scales};
   check_cache(cache, query);
-  const bool fits = query.dim() == 3 && query.size(2) == key_cache.size(3) && query.size(2) % 16 == 0;
-  TORCH_CHECK(fits, "head_dim: a multiple of 16");
-  const Tensor q = with_dense_tokens(query);
-  check_alike(out, q, "out");
-  TORCH_CHECK(out.sizes() == q.sizes() && out.is_contiguous(), "out must be contiguous [T, H, D]");
+  const Tensor q = query.contiguous();
+  TORCH_CHECK(q.dim() == 3 && q.size(2) == key_cache.size(3) && q.size(2) % 16 == 0, "head_dim: a multiple of 16");
   TORCH_CHECK(q.size(1) % key_cache.size(2) == 0, "key_cache: its heads do not divide those of query");
   TORCH_CHECK(scale > 0 && window.value_or(1) > 0, "scale and window must be positive");
   const Tensor tables = block_tables.contiguous();
+  Tensor out = at::empty_like(q);
   apt::PagedAttention args{};
   args.query = q.const_data_ptr();
-  args.query_stride = q.stride(0);
   set_cache(args, cache);
   args.out = out.mutable_data_ptr();
   args.cu_seqlens_q = int32_data(cu_seqlens_q, "cu_seqlens_q");
@@ -160,15 +128,6 @@ void paged_attention_out(Tensor out, const Tensor& query, const Tensor& key_cach
   args.is_bf16 = is_bf16(q);
   check_layout(args, q.size(0), key_cache.size(0));
   APT_DISPATCH(paged_attention, args);
-}
-
-Tensor paged_attention(const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
-                       const std::optional<Tensor>& key_scales, const std::optional<Tensor>& value_scales,
-                       const Tensor& cu_seqlens_q, const Tensor& context_lens, const Tensor& block_tables,
-                       double scale, std::optional<int64_t> window) {
-  Tensor out = at::empty(query.sizes(), query.options());
-  paged_attention_out(out, query, key_cache, value_cache, key_scales, value_scales, cu_seqlens_q, context_lens,
-                      block_tables, scale, window);
   return out;
 }
 
@@ -190,7 +149,6 @@ bool set_isa(const std::string& name) {
 
 int64_t num_threads() { return apt::num_threads(); }
 void set_num_threads(int64_t count) { apt::set_num_threads(static_cast<int>(count)); }
-void use_openmp() { apt::set_executor(apt::run_on_openmp, apt::num_openmp_threads()); }
 
 }  // namespace
 
@@ -205,18 +163,10 @@ TORCH_LIBRARY_FRAGMENT(apt_cpu, m) {
   m.def(
       "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? key_scales, Tensor? value_scales, "
       "Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, float scale, int? window) -> Tensor");
-  m.def(
-      "paged_attention_out(Tensor(a!) out, Tensor query, Tensor key_cache, Tensor value_cache, Tensor? key_scales, "
-      "Tensor? value_scales, Tensor cu_seqlens_q, Tensor context_lens, Tensor block_tables, float scale, int? window) "
-      "-> ()");
-  m.def(
-      "store_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? key_scales, "
-      "Tensor(d!)? value_scales, Tensor slot_mapping) -> ()");
   m.def("isa() -> str", isa);
   m.def("set_isa(str name) -> bool", set_isa);
   m.def("num_threads() -> int", num_threads);
   m.def("set_num_threads(int count) -> ()", set_num_threads);
-  m.def("use_openmp() -> ()", use_openmp);
 }
 
 TORCH_LIBRARY_IMPL(apt_cpu, CPU, m) {
@@ -225,6 +175,4 @@ TORCH_LIBRARY_IMPL(apt_cpu, CPU, m) {
   m.impl("silu_and_mul", silu_and_mul);
   m.impl("rope_and_store_kv", rope_and_store_kv);
   m.impl("paged_attention", paged_attention);
-  m.impl("paged_attention_out", paged_attention_out);
-  m.impl("store_kv", store_kv);
 }

@@ -292,7 +292,6 @@ class DecoderLayers : public torch::CustomClassHolder {
       gather(model.sin_, batch.positions, sin_);
 
       attention_.query = query_.const_data_ptr();
-      attention_.query_stride = int64_t{model.num_heads_} * model.head_dim_;
       attention_.out = attended_.mutable_data_ptr();
       attention_.cu_seqlens_q = batch.bounds.data();
       attention_.context_lens = batch.contexts.data();

@@ -27,12 +27,6 @@ inline Tensor operand(const Tensor& x, const Tensor& like, int64_t numel, const 
   return x.contiguous();
 }
 
-// [T, heads, dim] with a token's heads side by side: as it is, or a copy.
-inline Tensor with_dense_tokens(const Tensor& x) {
-  const bool is_dense = x.stride(2) == 1 && x.stride(1) == x.size(2);
-  return is_dense ? x : x.contiguous();
-}
-
 inline const int32_t* int32_data(const Tensor& x, const char* name) {
   TORCH_CHECK(x.scalar_type() == at::kInt && x.is_contiguous(), name, " must be contiguous int32");
   return x.const_data_ptr<int32_t>();

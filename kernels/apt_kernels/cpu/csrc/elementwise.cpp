@@ -95,22 +95,10 @@ void norm_and_rotate_head(const T* x, const T* weight, float eps, const T* cos, 
 struct Places {
   int64_t row, scale;  // in the caches and in their scales, of the first head
 
-  template <typename Args>
-  Places(const Args& a, int64_t slot)
+  Places(const RopeAndStore& a, int64_t slot)
       : row(slot / a.block_size * a.block_stride + slot % a.block_size * a.slot_stride),
         scale(slot / a.block_size * a.scale_block_stride + slot % a.block_size * a.scale_slot_stride) {}
 };
-
-template <typename T, typename Args>
-void store_head(const Args& a, const Places& places, const T* x, void* cache, float* scales, int64_t head) {
-  const int64_t at = places.row + head * a.head_stride;
-  if (scales == nullptr) {
-    std::copy_n(x, a.head_dim, static_cast<T*>(cache) + at);
-  } else {
-    const auto group = quantize_group(x, a.head_dim, static_cast<int8_t*>(cache) + at);
-    scales[places.scale + head * a.scale_head_stride] = group.scale;
-  }
-}
 
 template <typename T>
 void rope_and_store_token(const RopeAndStore& a, int64_t token) {
@@ -124,13 +112,20 @@ void rope_and_store_token(const RopeAndStore& a, int64_t token) {
   const int64_t slot = a.slots[token];
   if (slot < 0) return;
   const Places places(a, slot);
+  const auto store_head = [&](const T* x, void* cache, float* scales, int64_t h) {
+    const int64_t at = places.row + h * a.head_stride;
+    if (scales == nullptr) {
+      std::copy_n(x, dim, static_cast<T*>(cache) + at);
+    } else {
+      scales[places.scale + h * a.scale_head_stride] = quantize_group(x, dim, static_cast<int8_t*>(cache) + at).scale;
+    }
+  };
   for (int64_t h = 0; h < a.num_kv_heads; ++h, head += dim) {
     T key[kMaxHeadDim];
     norm_and_rotate_head(head, static_cast<const T*>(a.key_weight), a.eps, cos, sin, key, dim);
-    store_head(a, places, key, a.key_cache, a.key_scales, h);
+    store_head(key, a.key_cache, a.key_scales, h);
   }
-  for (int64_t h = 0; h < a.num_kv_heads; ++h, head += dim)
-    store_head(a, places, head, a.value_cache, a.value_scales, h);
+  for (int64_t h = 0; h < a.num_kv_heads; ++h, head += dim) store_head(head, a.value_cache, a.value_scales, h);
 }
 
 template <typename T>
@@ -138,22 +133,6 @@ void rope_and_store_kv_as(const RopeAndStore& a) {
   const int64_t token_size = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim;
   parallel_for_ranges(a.num_tokens, rows_per_task(2 * token_size), [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) rope_and_store_token<T>(a, token);
-  });
-}
-
-template <typename T>
-void store_kv_as(const StoreKV& a) {
-  const auto keys = static_cast<const T*>(a.key), values = static_cast<const T*>(a.value);
-  parallel_for_ranges(a.num_tokens, rows_per_task(2 * a.num_kv_heads * a.head_dim), [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      if (a.slots[token] < 0) continue;
-      const Places places(a, a.slots[token]);
-      for (int64_t h = 0; h < a.num_kv_heads; ++h) {
-        const int64_t at = h * a.head_dim;
-        store_head(a, places, keys + token * a.key_stride + at, a.key_cache, a.key_scales, h);
-        store_head(a, places, values + token * a.value_stride + at, a.value_cache, a.value_scales, h);
-      }
-    }
   });
 }
 
@@ -168,7 +147,5 @@ void silu_and_mul(const SiluAndMul& args) {
 void rope_and_store_kv(const RopeAndStore& args) {
   args.is_bf16 ? rope_and_store_kv_as<Bf16>(args) : rope_and_store_kv_as<float>(args);
 }
-
-void store_kv(const StoreKV& args) { args.is_bf16 ? store_kv_as<Bf16>(args) : store_kv_as<float>(args); }
 
 }  // namespace apt::APT_ISA

@@ -1,4 +1,4 @@
-// Norms, activation, and the KV store, with rope or without. All arrays are contiguous unless a stride is given; bf16 or float32.
+// Norms, activation, and rope with the KV store. All arrays are contiguous unless a stride is given; bf16 or float32.
 //
 // Each value is rounded where the torch ops round it, so that a machine without these kernels gives the same answers.
 #pragma once
@@ -46,22 +46,7 @@ struct RopeAndStore {
   bool is_bf16;
 };
 
-struct StoreKV {
-  const void* key;  // [T, num_kv_heads, head_dim], a token's heads side by side
-  const void* value;
-  int64_t key_stride, value_stride;  // from token to token, in elements
-  void* key_cache;                   // as key; or int8, a scale times its bytes
-  void* value_cache;
-  float* key_scales;  // of an int8 cache; null of any other
-  float* value_scales;
-  const int64_t* slots;  // [T] block * block_size + offset; -1 = stored nowhere
-  int64_t num_tokens, num_kv_heads, head_dim, block_size;
-  int64_t block_stride, slot_stride, head_stride;  // of both caches, in elements
-  int64_t scale_block_stride, scale_slot_stride, scale_head_stride;
-  bool is_bf16;
-};
-
 }  // namespace apt
 
 APT_FOR_EACH_ISA(void rms_norm(const RmsNorm& args); void silu_and_mul(const SiluAndMul& args);
-                 void rope_and_store_kv(const RopeAndStore& args); void store_kv(const StoreKV& args);)
+                 void rope_and_store_kv(const RopeAndStore& args);)

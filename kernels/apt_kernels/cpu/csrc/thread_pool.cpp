@@ -12,7 +12,6 @@
 #include <climits>
 #include <mutex>
 #include <thread>
-#include <utility>
 #include <vector>
 
 namespace apt {
@@ -187,27 +186,7 @@ class Pool {
 struct Shared {
   std::mutex mutex;  // held while a job runs
   Pool* pool = nullptr;
-  Executor executor = nullptr;  // instead of the pool
   std::atomic<int> num_threads{usable_cores()};
-
-  void set(Executor threads, int count) {  // with the mutex held
-    executor = threads;
-    num_threads = std::max(count, 1);
-    delete pool;
-    pool = nullptr;
-  }
-};
-
-// A task on somebody else's thread.
-struct Job {
-  void (*fn)(void*, int64_t);
-  void* context;
-
-  static void run_task(void* job, int64_t task) {
-    const bool was_inside = std::exchange(is_inside_task, true);
-    static_cast<Job*>(job)->fn(static_cast<Job*>(job)->context, task);
-    is_inside_task = was_inside;
-  }
 };
 
 Shared* shared = nullptr;  // never freed: workers may outlive static destructors
@@ -217,7 +196,6 @@ std::once_flag shared_once;
 void forget_after_fork() {
   auto* fresh = new Shared;
   fresh->num_threads = shared->num_threads.load();
-  fresh->executor = shared->executor;
   shared = fresh;
 }
 
@@ -236,13 +214,9 @@ int num_threads() { return get_shared().num_threads.load(std::memory_order_relax
 void set_num_threads(int count) {
   Shared& state = get_shared();
   const std::lock_guard lock(state.mutex);
-  state.set(nullptr, count);
-}
-
-void set_executor(Executor executor, int num_threads) {
-  Shared& state = get_shared();
-  const std::lock_guard lock(state.mutex);
-  state.set(executor, num_threads);
+  state.num_threads = std::max(count, 1);
+  delete state.pool;
+  state.pool = nullptr;
 }
 
 void run_tasks(int64_t num_tasks, void (*fn)(void* context, int64_t task), void* context) {
@@ -252,11 +226,6 @@ void run_tasks(int64_t num_tasks, void (*fn)(void* context, int64_t task), void*
   }
   Shared& state = get_shared();
   const std::lock_guard lock(state.mutex);
-  if (state.executor != nullptr) {
-    Job job{fn, context};
-    state.executor(num_tasks, Job::run_task, &job);
-    return;
-  }
   if (state.pool == nullptr) state.pool = new Pool(state.num_threads);
   is_inside_task = true;
   state.pool->run(num_tasks, fn, context);

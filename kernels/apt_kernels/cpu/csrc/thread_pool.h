@@ -16,15 +16,6 @@ namespace apt {
 int num_threads();
 void set_num_threads(int count);
 
-// Whose threads run the tasks of a job, the caller's included: an Executor calls fn(context, task) once for each task,
-// from any thread, and returns when all are done.
-using Executor = void (*)(int64_t num_tasks, void (*fn)(void* context, int64_t task), void* context);
-
-// From now on num_threads threads of this executor's and not the pool's, until set_num_threads calls for the pool again.
-// For a process in which somebody else's threads spin on every core between two ops: two pools would be in each other's
-// way.
-void set_executor(Executor executor, int num_threads);
-
 // Calls fn(context, task) for each task of 0 .. num_tasks - 1 and returns when all are done.
 // Calls from several threads take turns; a call from within a task runs inline. fn must not throw.
 void run_tasks(int64_t num_tasks, void (*fn)(void* context, int64_t task), void* context);
