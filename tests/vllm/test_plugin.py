@@ -62,7 +62,7 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the entry points that pyproject.toml declares: they are found whatever the environment installed."""
+    """A folder with the entry points of pyproject.toml: an environment may have been installed before they were."""
     folder = tmp_path_factory.mktemp("metadata")
     info = folder / "apt_llm_plugin-0.dist-info"
     info.mkdir()

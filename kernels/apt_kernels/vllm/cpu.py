@@ -43,7 +43,7 @@ class CpuAttentionImpl(PagedAttentionImpl):
     """One layer's attention on a processor."""
 
     backend = CpuAttentionBackend
-    has_soft_cap = False
+    has_soft_cap = False  # only the reference does: far too slow to serve
 
 
 class CpuMetadataBuilder(PagedMetadataBuilder):
