@@ -1,6 +1,6 @@
 """A program for tests: greedy tokens of vLLM with APT's settings, and whose attention computed them.
 
-Its argument is JSON, {"settings": of EngineConfig, "prompts": token ids, "max_tokens"}, and so is its output's last line.
+Its argument is JSON, {"settings": of EngineConfig, "prompts": token ids, "max_tokens"}; so is its last line of output.
 """
 
 from __future__ import annotations
