@@ -44,13 +44,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 class Step:
     """A step in vLLM's words. Blocks of nobody and slots past a context are NaN."""
 
-    def __init__(self, dtype: torch.dtype, layout: str) -> None:
+    def __init__(self, dtype: torch.dtype, layout: str, lengths: list[tuple[int, int]] = LENGTHS) -> None:
         torch.manual_seed(0)
-        query_lens, contexts = [q for q, _ in LENGTHS], [c for _, c in LENGTHS]
+        self.lengths = lengths
+        query_lens, contexts = [q for q, _ in lengths], [c for _, c in lengths]
         blocks = [-(-c // BLOCK_SIZE) for c in contexts]
         num_blocks, num_tokens = sum(blocks) + 2, sum(query_lens)
         free = torch.randperm(num_blocks).to(torch.int32)
-        self.tables = torch.zeros(len(LENGTHS), max(blocks) + 1, dtype=torch.int32)
+        self.tables = torch.zeros(len(lengths), max(blocks) + 1, dtype=torch.int32)
         shape = (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
         self.cache = torch.full(shape, float("nan"), dtype=dtype)
         if layout == "LBNHC":
@@ -59,7 +60,7 @@ class Step:
         parts = rows.split([NUM_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM], 1)
         self.query, self.key, self.value = (x.unflatten(1, (-1, HEAD_DIM)) for x in parts)
         slots = []
-        for b, (count, context) in enumerate(LENGTHS):
+        for b, (count, context) in enumerate(lengths):
             table, free = free[: blocks[b]], free[blocks[b] :]
             self.tables[b, : blocks[b]] = table
             places = (table.long().unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:context]
@@ -80,10 +81,10 @@ class Step:
             query_start_loc=self.cu_seqlens_q,
             query_start_loc_cpu=self.cu_seqlens_q,
             seq_lens=self.context_lens,
-            num_reqs=len(LENGTHS),
+            num_reqs=len(self.lengths),
             num_actual_tokens=self.num_tokens,
-            max_query_len=max(q for q, _ in LENGTHS),
-            max_seq_len=max(c for _, c in LENGTHS),
+            max_query_len=max(q for q, _ in self.lengths),
+            max_seq_len=max(c for _, c in self.lengths),
             block_table_tensor=self.tables,
             slot_mapping=self.slots,
         )
@@ -135,6 +136,22 @@ def test_a_gpus_layer(
     dtype: torch.dtype, layout: str, window: int | None, soft_cap: float | None, kernels: None
 ) -> None:
     check("cuda", dtype, layout, window, soft_cap)
+
+
+def test_a_step_of_decodes_that_a_cuda_graph_has_padded(kernels: None) -> None:
+    step = Step(torch.float32, "LBHNC", [(1, 37), (1, 5), (0, 0), (0, 0)])
+    expected = step.expected(None, None)
+    described = step.described()
+    described.num_actual_tokens, described.max_query_len = 4, 1
+    metadata = built(CudaMetadataBuilder, described)
+    assert metadata.num_decodes == 4
+    impl = layer("cuda")
+    slots = torch.cat([step.slots, step.slots.new_full((2,), -1)])
+    impl.do_kv_cache_update(torch.nn.Module(), step.key, step.value, step.cache, slots)
+    output = torch.full_like(step.query, float("nan"), memory_format=torch.contiguous_format)
+    impl.forward(torch.nn.Module(), step.query, step.key, step.value, step.cache, metadata, output)
+    torch.testing.assert_close(output[:2], expected, rtol=1e-5, atol=1e-5)
+    assert bool(output[2:].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
