@@ -1,6 +1,6 @@
 """A program for tests: greedy tokens of vLLM with APT's settings, and whose attention computed them.
 
-Its argument is JSON, {"settings": of EngineConfig, "prompts": token ids, "max_tokens"}; so is its last line of output.
+Its arguments are JSON, {"settings": of EngineConfig, "prompts": token ids, "max_tokens"}, and the file for its answer.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from apt_serve.engine.config import EngineConfig
@@ -53,7 +54,8 @@ def main() -> None:
         margins.append([top[0] - top[1] for top in tops])
     [num_calls] = llm.collective_rpc(calls)
     tokens = [list(output.token_ids) for output in outputs]
-    print(json.dumps({"tokens": tokens, "margins": margins, "classes": classes, "num_calls": num_calls}), flush=True)
+    answer = {"tokens": tokens, "margins": margins, "classes": classes, "num_calls": num_calls}
+    Path(sys.argv[2]).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def generate(metadata: Path, attention: str, dtype: str) -> Answer:
+def generate(folder: Path, metadata: Path, attention: str, dtype: str) -> Answer:
     tokenizer = build_tokenizer(read_tokenizer_files(model_folder(EngineConfig(engine="vllm", dtype="float32"))))
     settings = {name: value for name, value in SETTINGS.items() if name != "engine"}
     settings |= {"vllm_attention": attention, "dtype": dtype, "enable_prefix_caching": False}
@@ -84,16 +84,16 @@ def generate(metadata: Path, attention: str, dtype: str) -> Answer:
         "TORCHDYNAMO_DISABLE": "1",
         "TRITON_INTERPRET": "0",
     }
-    command = [sys.executable, "-m", "tests.vllm.attention_run", json.dumps(task)]
+    command = [sys.executable, "-m", "tests.vllm.attention_run", json.dumps(task), str(folder / attention)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
-    return Answer(**json.loads(done.stdout.splitlines()[-1]))
+    return Answer(**json.loads((folder / attention).read_text()))
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_greedy_tokens_are_those_of_vllms_own_attention(metadata: Path, dtype: str) -> None:
-    ours, theirs = (generate(metadata, attention, dtype) for attention in ("apt", "vllm"))
+def test_greedy_tokens_are_those_of_vllms_own_attention(metadata: Path, tmp_path: Path, dtype: str) -> None:
+    ours, theirs = (generate(tmp_path, metadata, attention, dtype) for attention in ("apt", "vllm"))
     assert ours.classes == ["apt_kernels.vllm.cpu.CpuAttentionImpl"]
     assert ours.num_calls >= 30 * MAX_TOKENS  # each of 30 layers, once a step
     assert theirs.classes == ["vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl"]
