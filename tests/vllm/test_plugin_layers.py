@@ -5,13 +5,11 @@ The layer for GPUs runs on the Triton kernels, interpreted; that for processors 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from apt_kernels import reference
@@ -26,13 +24,14 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_PADDING = 6, 2, 16, 16, 3
 LENGTHS = [(1, 1), (1, 37), (5, 5), (7, 40), (1, 18)]
 """(queries, context): decodes, then prompts, one of them partly cached, and a decode that did not come first."""
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports late
 LAYERS = {"cuda": (CudaAttentionImpl, CudaMetadataBuilder), "cpu": (CpuAttentionImpl, CpuMetadataBuilder)}
 
 
 @pytest.fixture(autouse=True)
-def settings() -> Iterator[None]:
-    with set_current_vllm_config(VllmConfig()):
-        yield
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of an engine without KV connectors."""
+    monkeypatch.setattr(backend, "get_current_vllm_config", lambda: SimpleNamespace(kv_transfer_config=None))
 
 
 @pytest.fixture
