@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from apt_core.errors import ConfigError
 from apt_core.tokenizer import build_tokenizer, read_tokenizer_files
 from apt_kernels import vllm as plugin
 from apt_serve.engine.config import EngineConfig
-from apt_serve.engine.vllm.settings import check_vllm_args, engine_args, environment, model_folder
+from apt_serve.engine.vllm.settings import model_folder
 from tests.serving.conftest import ROOT
 from tests.vllm.conftest import SETTINGS
 
@@ -142,23 +141,6 @@ def test_vllms_attention_on_a_processor_is_replaced_only_on_demand(
     assert backends.CUSTOM.get_class().get_impl_cls().__module__ == "apt_kernels.vllm.cuda"
     for member in (backends.CPU_ATTN, backends.CUSTOM):
         assert backends[member.get_class().get_name()] is member
-
-
-def test_the_setting_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin, "is_installed", lambda: True)
-    monkeypatch.setenv(plugin.ALLOWED, "mine")
-    config = EngineConfig(engine="vllm", vllm_attention="apt")
-    variables = environment(config)
-    assert (variables[plugin.SWITCH], variables[plugin.ALLOWED]) == ("1", "mine,apt")
-    assert engine_args(config, Path("m"), is_cpu=False)["attention_backend"] == "CUSTOM"
-    assert "attention_backend" not in engine_args(config, Path("m"), is_cpu=True)
-    assert plugin.SWITCH not in environment(EngineConfig(engine="vllm"))
-    with pytest.raises(ConfigError, match=r"vllm_args\.attention_backend"):
-        both = EngineConfig(engine="vllm", vllm_attention="apt", vllm_args={"attention_backend": "FLASH_ATTN"})
-        check_vllm_args(both, {"attention_backend"})
-    monkeypatch.setattr(plugin, "is_installed", lambda: False)
-    with pytest.raises(ConfigError, match="vllm_attention"):
-        environment(config)
 
 
 REFUSED: dict[str, dict[str, Any]] = {
