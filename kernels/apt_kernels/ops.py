@@ -261,11 +261,13 @@ def paged_attention(
             query, key_cache, value_cache, key_scales, value_scales, *layout, scale, window
         )
         return _into(out, made)
-    arguments = (scale, window, key_scales, value_scales)
+    cache = (key_cache, value_cache)
     if query.device.type == "cpu":
-        result = cpu_attention.paged_attention(query, key_cache, value_cache, *layout, num_decodes, *arguments)
+        result = cpu_attention.paged_attention(
+            query, *cache, *layout, num_decodes, scale, window, key_scales, value_scales
+        )
     else:
-        result = reference.paged_attention(query, key_cache, value_cache, *layout, *arguments)
+        result = reference.paged_attention(query, *cache, *layout, scale, window, key_scales, value_scales)
     return _into(out, result)
 
 
