@@ -178,8 +178,8 @@ def store_kv(
     _check_caches(key_cache, value_cache, key_scales, value_scales)
     caches = (key_cache, value_cache)
     if _is_triton(key, value):
-        dense = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (key, value))
-        triton_store_kv.store_kv(*dense, *caches, slot_mapping, key_scales, value_scales)
+        key, value = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (key, value))
+        triton_store_kv.store_kv(key, value, *caches, slot_mapping, key_scales, value_scales)
     else:
         reference.store_kv(key, value, *caches, slot_mapping, key_scales, value_scales)
 
