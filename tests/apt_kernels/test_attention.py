@@ -67,6 +67,16 @@ def test_paged_attention_equals_reference_for_every_mix(lengths, window):
     torch.testing.assert_close(paged.run(window), paged.expected(window), rtol=0, atol=TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_paged_attention_writes_where_it_is_told(dtype):
+    paged = Paged(MIXES["decodes, chunks and prompts"], dtype=dtype)
+    out = torch.full_like(paged.query, float("nan"))
+    assert paged.run(out=out) is out
+    torch.testing.assert_close(out, paged.run(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="out"):
+        paged.run(out=out.double())
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1)])
 @pytest.mark.parametrize("head_dim", [8, 64, 96])

@@ -22,7 +22,9 @@ KNOWN = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
 
 
 def test_vllm_knows_every_argument() -> None:
-    assert set(engine_args(EngineConfig(engine="vllm"), Path("m"), is_cpu=True)) <= KNOWN
+    for is_cpu in (True, False):
+        config = EngineConfig(engine="vllm", vllm_attention="apt")
+        assert set(engine_args(config, Path("m"), is_cpu=is_cpu)) <= KNOWN
     assert set(settings._SETTING_OF) <= KNOWN
 
 

@@ -11,6 +11,7 @@ import torch
 
 from apt_core.checkpoint import exported, locate
 from apt_core.errors import ConfigError
+from apt_kernels import vllm as attention_plugin
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.kv_memory import HOST_MEMORY_SHARE, available_memory
 
@@ -76,6 +77,8 @@ def engine_args(config: EngineConfig, folder: Path, *, is_cpu: bool) -> dict[str
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "disable_log_stats": True,  # of vLLM's own loggers; APT's recorder gets them all the same
     }
+    if config.vllm_attention == "apt" and not is_cpu:  # on a processor the environment says it
+        args["attention_backend"] = "CUSTOM"
     return args | config.vllm_args
 
 
@@ -94,6 +97,8 @@ def check_vllm_args(config: EngineConfig, known: Collection[str]) -> None:
             raise ConfigError(f"set {_SETTING_OF[name]} instead", field=f"vllm_args.{name}")
         if name not in known:
             raise ConfigError("vLLM has no such argument", field=f"vllm_args.{name}")
+        if name == "attention_backend" and config.vllm_attention == "apt":
+            raise ConfigError("vllm_attention: apt is one, too", field=f"vllm_args.{name}")
 
 
 def check_device(config: EngineConfig, *, is_cpu: bool) -> None:
@@ -112,7 +117,8 @@ def environment(config: EngineConfig) -> dict[str, str]:
     """Variables for the processes that vLLM starts. What the user has set stays, save for what a setting says.
 
     Raises:
-        ConfigError: a number of threads that does not go with the processors or the other settings.
+        ConfigError: a number of threads that does not go with the processors or the other settings, or an attention
+            that vLLM would not find.
     """
     variables = {
         # Forking a process that runs threads, as a server does, can leave the child waiting for ever.
@@ -122,6 +128,10 @@ def environment(config: EngineConfig) -> dict[str, str]:
     variables = {name: value for name, value in variables.items() if name not in os.environ}
     if config.num_threads is not None:
         variables["VLLM_CPU_OMP_THREADS_BIND"] = _processors(config)
+    if config.vllm_attention == "apt":
+        if not attention_plugin.is_installed():
+            raise ConfigError("vLLM finds it only where APT is installed (pip install)", field="vllm_attention")
+        variables |= attention_plugin.switched_on()
     return variables
 
 

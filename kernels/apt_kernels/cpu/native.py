@@ -79,10 +79,14 @@ def set_num_threads(count: int) -> None:
 
 def log_state() -> None:
     """One line: which instruction set serves, or why torch's own ops do."""
+    log.log(logging.WARNING if _state.problem else logging.INFO, "CPU ops: %s", description())
+
+
+def description() -> str:
+    """Which instruction set serves, or why torch's own ops do."""
     if _state.problem:
-        log.warning("slower torch ops serve instead of the C++ ops: %s", _state.problem)
-    else:
-        log.info("CPU ops: %s", "torch (APT_CPU_ISA=off)" if _state.isa == OFF else f"C++ for {_state.isa}")
+        return f"slower ones of torch's instead of C++: {_state.problem}"
+    return "torch (APT_CPU_ISA=off)" if _state.isa == OFF else f"C++ for {_state.isa}"
 
 
 def _is_loaded() -> bool:

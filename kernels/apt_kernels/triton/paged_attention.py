@@ -83,6 +83,7 @@ def paged_attention(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     num_segments: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.paged_attention`. Rows of tokens that belong to no sequence are not written.
 
@@ -94,6 +95,7 @@ def paged_attention(
         max_seqlen_q, max_context_len: bounds on the queries and the context of any sequence. Both decide how the work
             is cut; a context longer than its bound is still read whole.
         num_segments: parts of every context, a power of two; None chooses by load.
+        out: [T, H, D], contiguous, written and returned; None makes one.
 
     Returns:
         [T, H, D]; 0 for a query that sees no key.
@@ -111,7 +113,11 @@ def paged_attention(
     require(fits, "num_segments", f"must be a power of two up to {MAX_SEGMENTS}, got {num_segments}")
 
     layer = Layer(query.shape[1], key_cache.shape[2], query.shape[2], query.dtype, key_cache.dtype, window)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    require_device(query=query, out=out)
+    fits = out.shape == query.shape and out.dtype == query.dtype and out.is_contiguous()
+    require(fits, "out", f"must be contiguous {query.dtype} {list(query.shape)}")
     for part in _by_kind(sequences, num_decodes):
         cut = cut_launch(layer, part.load, query.device)
         if num_segments is not None:

@@ -41,6 +41,15 @@ def test_every_mix_equals_the_reference_whole_and_in_segments(device, lengths, w
     assert_close(paged, paged.run(window, num_segments=num_segments), window=window)
 
 
+def test_the_result_is_written_where_it_is_told(device):
+    paged = Paged([(1, 70), (3, 40)], device=device)
+    out = torch.full_like(paged.query, float("nan"))
+    assert paged.run(out=out) is out
+    assert_close(paged, out)
+    with pytest.raises(ValueError, match="out"):
+        paged.run(out=out[:, ::2])
+
+
 @pytest.mark.parametrize("window", [1, 16, 1000])
 def test_every_window_equals_the_reference(device, window):
     """One key, exactly one tile, and more than any context has."""

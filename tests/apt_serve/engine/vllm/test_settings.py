@@ -11,6 +11,7 @@ import torch
 
 from apt_core.checkpoint import open_checkpoint
 from apt_core.errors import CheckpointError, ConfigError
+from apt_kernels import vllm as plugin
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.vllm import settings
 from apt_serve.engine.vllm.settings import check_device, check_vllm_args, engine_args, environment, model_folder
@@ -125,6 +126,27 @@ def test_the_users_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
     assert environment(EngineConfig(engine="vllm")) == {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
+def test_apts_attention_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "is_installed", lambda: True)
+    monkeypatch.setenv(plugin.ALLOWED, "mine")
+    config = EngineConfig(engine="vllm", vllm_attention="apt")
+    variables = environment(config)
+    assert (variables[plugin.SWITCH], variables[plugin.ALLOWED]) == ("1", "mine,apt")
+    assert plugin.SWITCH not in environment(EngineConfig(engine="vllm"))
+    assert args(vllm_attention="apt")["attention_backend"] == "CUSTOM"
+    assert "attention_backend" not in args(vllm_attention="apt", is_cpu=True)
+    assert "attention_backend" not in args()
+
+
+def test_apts_attention_is_refused_where_vllm_would_take_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(EngineConfig, vllm_attention="apt") == "vllm_attention: does not apply to engine native"
+    given: dict[str, Any] = {"vllm_attention": "apt", "vllm_args": {"attention_backend": "FLASH_ATTN"}}
+    both = EngineConfig(engine="vllm", **given)
+    assert refusal(check_vllm_args, both, {"attention_backend"}).startswith("vllm_args.attention_backend: ")
+    monkeypatch.setattr(plugin, "is_installed", lambda: False)
+    assert refusal(environment, EngineConfig(engine="vllm", vllm_attention="apt")).startswith("vllm_attention: ")
 
 
 def test_threads_are_bound_to_processors(monkeypatch: pytest.MonkeyPatch) -> None:
