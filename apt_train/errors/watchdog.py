@@ -96,6 +96,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._post()
+        self._arm()
         self._thread.start()
         return self
 
@@ -157,8 +158,7 @@ class Watchdog:
 
     def _look(self) -> None:
         self._post()
-        # A thread of C, which runs even where one of Python's holds the interpreter's lock for ever.
-        faulthandler.dump_traceback_later(0.75 * self.settings.silent_after_s, file=self._stacks)
+        self._arm()
         stop = self._board.stop()
         if stop is not None:
             self._stop_all(stop, ExitCode.STALLED if self.rank in stop.ranks else ExitCode.STOPPED)
@@ -167,6 +167,10 @@ class Watchdog:
         elif time.monotonic() - self._last_progress > self._allowed_s:
             cause = f"no progress for {self._allowed_s:g} s in phase {self._phase}"
             self._stop_all(Stop(cause, (), self._step, self.rank), ExitCode.STALLED)
+
+    def _arm(self) -> None:
+        """Let a thread of C write the stacks, which runs even where Python holds the interpreter's lock for ever."""
+        faulthandler.dump_traceback_later(0.75 * self.settings.silent_after_s, file=self._stacks)
 
     def _post(self, *, is_done: bool = False) -> None:
         self._count += 1
