@@ -14,15 +14,14 @@ def learning_rate_factor(settings: ScheduleSettings, step: int, num_steps: int) 
     """
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
+    start = settings.warmup_steps
     match settings.kind:
         case "constant":
             return 1.0
-        case "cosine":
-            start, falling = settings.warmup_steps, lambda share: 0.5 * (1 + math.cos(math.pi * share))
         case "wsd":
-            decay_steps = round(settings.decay_share * num_steps)
-            start, falling = max(num_steps - decay_steps, settings.warmup_steps), lambda share: 1 - share
+            start = max(num_steps - round(settings.decay_share * num_steps), start)
     if step < start:
         return 1.0
     share = min((step - start + 1) / max(num_steps - start, 1), 1.0)
-    return settings.final_factor + (1 - settings.final_factor) * falling(share)
+    falling = 1 - share if settings.kind == "wsd" else 0.5 * (1 + math.cos(math.pi * share))
+    return settings.final_factor + (1 - settings.final_factor) * falling

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from apt_train.config import ParallelSettings
@@ -53,7 +53,7 @@ def set_gradient_sync(model: nn.Module, is_last: bool) -> None:
     """Gradients are summed over processes after the last micro-batch of a step only."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = is_last
-    elif hasattr(model, "set_requires_gradient_sync"):
+    elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
 
 
