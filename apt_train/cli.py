@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
 
 from apt_core.config import add_flags, overrides_from
 from apt_core.errors import AptError, ConfigError
 from apt_train.config import RunConfig, read_config
-from apt_train.train import Progress, train
+from apt_train.monitor.progress import BarHandler
+from apt_train.train import train
 
 USAGE_ERROR = 2
 
@@ -19,12 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run apt-train and return its exit code: 0, 1 for a failure, 2 for settings that cannot work."""
     parser = argparse.ArgumentParser(prog="apt-train", description="Train a language model.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="train as a TOML file says", allow_abbrev=False)
-    run.add_argument("config", metavar="CONFIG", help="such as configs/debug.toml; flags go before it")
-    add_flags(run, RunConfig)
+    _add_run(commands)
     options = parser.parse_args(argv)
+    _log_to_stderr()
+    command: Callable[[argparse.Namespace], None] = options.command
     try:
-        train(read_config(options.config, overrides_from(options, RunConfig)), _print)
+        command(options)
     except ConfigError as error:
         print(f"apt-train: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -36,19 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _print(progress: Progress) -> None:
-    """A line a step, from the first process only."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    result = progress.result
-    parts = [
-        f"step {progress.step}",
-        f"loss {result.loss:.4f}",
-        f"norm {result.gradient_norm:.3f}",
-        f"{progress.tokens_per_second:,.0f} tokens/s",
-        f"{progress.peak_share:.0%} of peak",
-        f"{progress.waiting_share:.1%} waiting for data",
-    ]
-    if progress.validation_loss is not None:
-        parts.append(f"validation {progress.validation_loss:.4f}")
-    print("  ".join(parts), flush=True)
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser("run", help="train as a TOML file says", allow_abbrev=False)
+    run.add_argument("config", metavar="CONFIG", help="such as configs/debug.toml")
+    add_flags(run, RunConfig)
+    run.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    summary = train(read_config(options.config, overrides_from(options, RunConfig)))
+    if os.environ.get("RANK", "0") == "0":
+        print(summary, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _log_to_stderr() -> None:
+    handler = BarHandler()
+    handler.setFormatter(logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("apt_train")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]

@@ -12,6 +12,10 @@ from apt_core.checkpoint import EMBEDDED_MODEL
 from apt_core.config import apply_overrides, parse
 from apt_core.errors import ConfigError
 from apt_train.data.config import DataConfig
+from apt_train.errors.recovery import RecoverySettings
+from apt_train.errors.watchdog import WatchdogSettings
+from apt_train.monitor.gradients import GradientSettings
+from apt_train.monitor.metrics import MetricsSettings
 
 FORBID: dict[str, Any] = {"extra": "forbid"}
 
@@ -141,22 +145,28 @@ class RunSettings:
     """Micro-batches in a step, over all processes: the global batch does not depend on how many these are."""
     precision: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """16 bits: weights stay in float32 and products are made in 16 (autocast); float16 with a loss scale."""
-    device: str = "cpu"
+    device: str = "auto"
+    """cpu or cuda, of which each process takes its own; auto is cuda where there is one."""
     seed: int = 0
+    """Of new weights; the order of the data has one of its own."""
     compile: bool = False
     """Compile each layer (torch.compile)."""
     evaluate_every: int = 0
-    """Steps between evaluations; 0 never evaluates."""
+    """Steps between evaluations, and one at the end; 0 never evaluates."""
     evaluation_batches: int = 8
     """Micro-batches each process evaluates."""
     patience: int = 0
     """Stop after so many evaluations without a better loss; 0 never stops early."""
     min_improvement: float = 0.0
+    """A loss is better if it is lower by more than this."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batches", "evaluation_batches"):
             if getattr(self, name) < 1:
                 raise ConfigError("must be at least 1", field=f"run.{name}")
+        for name in ("evaluate_every", "patience", "min_improvement"):
+            if getattr(self, name) < 0:
+                raise ConfigError("must be at least 0", field=f"run.{name}")
         if self.patience and not self.evaluate_every:
             raise ConfigError("must be set for patience to mean anything", field="run.evaluate_every")
 
@@ -174,6 +184,10 @@ class RunConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    monitor: GradientSettings = field(default_factory=GradientSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
+    watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
 
     def __post_init__(self) -> None:
         if self.run.evaluate_every and not (self.data.validation_paths or self.data.validation_share):

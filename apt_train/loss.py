@@ -11,6 +11,9 @@ from apt_core.metadata import AttentionMetadata
 from apt_core.models.decoder import DecoderForCausalLM
 from apt_kernels import ops
 
+ROWS = 256
+"""Tokens whose logits exist at once where accuracy is counted."""
+
 
 class Batch(Protocol):
     """T packed tokens, as `apt_train.data` makes them."""
@@ -45,12 +48,27 @@ class ModelWithLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Sum of the losses of the tokens that count [], their number [])."""
+    def forward(self, batch: Batch, with_accuracy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Sum of the losses of the tokens that count [], how many of these were the likeliest []).
+
+        Args:
+            with_accuracy: costs one more product with the head; without it the second is 0.
+        """
         x = self.model.embed(batch.input_ids)
         hidden = self.model(x, batch.positions, batch.metadata())
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         head = self.model.lm_head if self.model.lm_head is not None else self.model.model.embed_tokens
-        weight = head.get_parameter("weight")
-        return ops.linear_cross_entropy(hidden, weight.to(hidden.dtype), batch.labels)
+        weight = head.get_parameter("weight").to(hidden.dtype)
+        losses, _ = ops.linear_cross_entropy(hidden, weight, batch.labels)
+        right = num_right(hidden, weight, batch.labels) if with_accuracy else batch.labels.new_zeros(())
+        return losses, right
+
+
+@torch.no_grad()
+def num_right(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How many labels have the largest logit [], of hidden [T, C] and the head's weight [V, C], some rows at a time."""
+    right = labels.new_zeros(())
+    for rows, expected in zip(hidden.split(ROWS), labels.split(ROWS), strict=True):
+        right += ((rows @ weight.T).argmax(-1) == expected).sum()
+    return right

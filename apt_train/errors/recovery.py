@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -30,6 +30,8 @@ PASSING = frozenset(
 @dataclass(frozen=True)
 class RecoverySettings:
     """How much a run puts up with."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     max_parts: int = 64
     """A micro-batch that does not fit in memory is divided into at most so many parts."""
@@ -58,10 +60,19 @@ class OutOfMemoryRecovery:
     Args:
         file: keeps the number of parts for a restart; all ranks read it, so it must be on a disk they share.
         has_collectives: whether a step meets other ranks: then one rank cannot try again alone.
+        note: told of each error that is recovered from; it must not keep the error, whose frames hold tensors.
     """
 
-    def __init__(self, settings: RecoverySettings, file: Path, *, has_collectives: bool) -> None:
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        file: Path,
+        *,
+        has_collectives: bool,
+        note: Callable[[RuntimeError], object] = lambda error: None,
+    ) -> None:
         self._settings, self._file, self._has_collectives = settings, file, has_collectives
+        self._note = note
         self.num_parts = _read_parts(file)
 
     def run(self, attempt: Callable[[int], T]) -> T:
@@ -81,7 +92,9 @@ class OutOfMemoryRecovery:
                 if not is_out_of_memory(error) or 2 * self.num_parts > self._settings.max_parts:
                     raise
                 self._divide_further(error)
-                if self._has_collectives:
+                if not self._has_collectives:
+                    self._note(error)
+                else:
                     message = f"out of memory; after the restart a micro-batch has {self.num_parts} parts"
                     raise RestartNeededError(message) from error
             # The error is gone here, and with it the frames that held the failed attempt's tensors.

@@ -23,11 +23,11 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 
-from apt_core.errors import ConfigError
+from apt_core.errors import AptError, ConfigError
 from apt_train.errors.board import Board, Heartbeat, ProcessId, Stop
 
 log = logging.getLogger(__name__)
@@ -48,20 +48,25 @@ class ExitCode(IntEnum):
 class WatchdogSettings:
     """How soon a rank counts as lost. Found and reported: 10 s for a lost rank, 15 s for a stall, by default."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
     interval_s: float = 0.5
     """Between heartbeats."""
     silent_after_s: float = 7.0
     """Without a heartbeat for so long a rank counts as lost; one whose process has ended on this machine at once."""
     stall_after_s: float = 11.0
-    """Without a `progress` of the main thread for so long a rank counts as stalled. Longer than any part of a step."""
+    """Without progress of the main thread for so long a rank counts as stalled; for longer where the same phase of
+    another step took longer than a third of it."""
     start_s: float = 600.0
-    """The same until the second `progress`: the first step may compile."""
+    """The same for the first time of each phase, which may compile."""
     settle_s: float = 1.5
     """How long a report waits for what other ranks say."""
 
     def __post_init__(self) -> None:
         if not 0 < self.interval_s < self.silent_after_s:
             raise ConfigError("must be positive and less than silent_after_s", field="interval_s")
+        if not 0 < self.stall_after_s <= self.start_s:
+            raise ConfigError("must be positive and at most start_s", field="stall_after_s")
 
 
 def open_watchdog(settings: WatchdogSettings, folder: Path) -> Watchdog:
@@ -89,6 +94,7 @@ class Watchdog:
         self._step, self._phase, self._progress, self._count = 0, "start", 0, 0
         self._last_progress = time.monotonic()
         self._allowed_s = settings.start_s
+        self._usual: dict[str, _Phase] = {}
         self._end = threading.Event()
         self._ending = threading.Lock()
         self._stacks = self._board.stacks_file(rank).open("w", encoding="utf-8")
@@ -101,7 +107,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
             self.fail(error)
         self._end.set()
         self._thread.join()
@@ -110,12 +116,14 @@ class Watchdog:
         self._stacks.close()
 
     def progress(self, step: int, phase: str = "step") -> None:
-        """The main thread has come this far; costs nothing, so call it with every micro-batch."""
-        self._step, self._phase = step, phase
+        """The main thread begins this phase; costs nothing, so call it with every micro-batch."""
+        now = time.monotonic()
+        if self._phase in self._usual:
+            self._usual[self._phase].took(now - self._last_progress)
+        usual = self._usual.setdefault(phase, _Phase())
+        self._allowed_s = usual.allowed_s(self.settings)
+        self._step, self._phase, self._last_progress = step, phase, now
         self._progress += 1
-        self._last_progress = time.monotonic()
-        if self._progress > 1:
-            self._allowed_s = self.settings.stall_after_s
 
     @contextmanager
     def allow(self, seconds: float, phase: str) -> Iterator[None]:
@@ -131,7 +139,8 @@ class Watchdog:
     def fail(self, error: BaseException) -> None:
         """Stop all ranks because of an error of this one. Does not return: the process ends."""
         text = "".join(traceback.format_exception(error))
-        print(text, file=sys.stderr, flush=True)
+        # What was raised on purpose says enough; the report has the rest.
+        print(f"{type(error).__name__}: {error}" if isinstance(error, AptError) else text, file=sys.stderr, flush=True)
         if _is_of_collective(error):
             self._wait_for_another_cause()
         cause = f"rank {self.rank} failed: {type(error).__name__}: {error}"
@@ -230,6 +239,22 @@ class Watchdog:
         deadline = time.monotonic() + seconds
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.05)
+
+
+@dataclass
+class _Phase:
+    """How long a part of a step takes."""
+
+    count: int = 0
+    longest_s: float = 0.0
+
+    def took(self, seconds: float) -> None:
+        """The first time may have compiled, so the second one replaces it."""
+        self.longest_s = seconds if self.count == 1 else max(self.longest_s, seconds)
+        self.count += 1
+
+    def allowed_s(self, settings: WatchdogSettings) -> float:
+        return max(settings.stall_after_s, 3 * self.longest_s) if self.count else settings.start_s
 
 
 class _Other:
