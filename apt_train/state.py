@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -120,5 +120,5 @@ class RandomState:
 
 def _numpy_state() -> tuple[Any, ...]:
     """As numpy has it, its words as a tensor: torch reads these back without running code of the file's."""
-    name, words, *rest = np.random.get_state(legacy=True)
+    name, words, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     return name, torch.from_numpy(words.astype(np.int64)), *rest

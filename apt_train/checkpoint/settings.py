@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from apt_core.errors import ConfigError
 
@@ -15,7 +15,7 @@ class CheckpointSettings:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     every: int = 0
-    """Steps between checkpoints; 0 writes none but the one at the end."""
+    """Steps between checkpoints; one is always written at the end. 0 writes no other."""
     temporary_every: int = 0
     """Steps between checkpoints that only serve to recover: each makes way for the next; 0 writes none."""
     keep: int = 3
@@ -25,6 +25,8 @@ class CheckpointSettings:
     resume: str = "latest"
     """latest goes on from the newest checkpoint in the run's folder, or begins where there is none; never begins, and
     refuses a folder that has checkpoints; else the folder of a checkpoint, which must exist."""
+    export: Literal["none", "float32", "bfloat16", "float16"] = "float32"
+    """Element type of the model that is written to ``model`` in the run's folder at the end."""
     allow_older: bool = False
     """Whether latest may go on from an older checkpoint where the newest is damaged; else that is an error."""
 

@@ -21,7 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
@@ -81,6 +84,16 @@ class CheckpointStore:
         """Whether a checkpoint belongs behind this many steps."""
         return any(every and step % every == 0 for every in (self._settings.every, self._settings.temporary_every))
 
+    def save_last(self, state: RunState) -> Path:
+        """Write the state a run ends with, if it is not there yet; its folder, complete.
+
+        Raises:
+            CheckpointError: as ``save``.
+        """
+        self.save(state, is_last=True)
+        self.wait()
+        return self._path(state.step)
+
     def save(self, state: RunState, *, is_last: bool = False) -> None:
         """Wait for the one before, copy the state, and write it, in the background unless ``asynchronous`` is off.
 
@@ -123,15 +136,15 @@ class CheckpointStore:
             ConfigError: the checkpoint to go on from does not exist, or there are some where none are expected.
             CheckpointError: it is damaged, and settings allow no older one; names the file.
         """
-        chosen = self._on_first_rank(self._chosen)
+        chosen: StoredCheckpoint | None = self._on_first_rank(self._chosen)
         if chosen is None:
             return None
         self._check_settings(chosen.folder)
         tensors, _ = _state_dicts(state)
-        reader = dcp.FileSystemReader(chosen.folder)
+        reader = FileSystemReader(chosen.folder)
         try:
             with _own_faults():
-                dcp.load(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+                load_distributed(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"does not fit this run: {error}", file=chosen.folder) from error
         rest = torch.load(chosen.folder / REST, weights_only=True)
@@ -196,6 +209,9 @@ class CheckpointStore:
         manifest.check(folder)
         return StoredCheckpoint(folder, manifest.step)
 
+    def _path(self, step: int) -> Path:
+        return self._folder / f"{_PREFIX}{step:08d}"
+
     def _require_finite(self, state: RunState) -> None:
         """On all ranks alike, as each may hold other parts of the weights."""
         weights = state.parts()["model"].state_dict()
@@ -210,14 +226,14 @@ class CheckpointStore:
 
     def _write(self, tensors: dict[str, Any], rest: dict[str, Any], step: int, is_temporary: bool) -> None:
         """In the writing thread, on all ranks."""
-        final = self._folder / f"{_PREFIX}{step:08d}"
+        final = self._path(step)
         unfinished = final.with_name(f".{final.name}")
 
         def write() -> None:
             self._on_first_rank(lambda: _make_anew(unfinished))
-            writer = dcp.FileSystemWriter(unfinished)
+            writer = FileSystemWriter(unfinished)
             with _own_faults():
-                dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+                save_distributed(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             self._on_first_rank(lambda: self._write_rest(rest, unfinished))
             sums = self._own_sums(unfinished)
             self._on_first_rank(lambda: self._complete(unfinished, final, step, is_temporary, sums))
@@ -297,7 +313,10 @@ def _state_dicts(state: RunState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _copied(state: RunState) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state as it is now, on the processor, whatever later steps do."""
-    return pytree.tree_map_only(torch.Tensor, lambda x: x.detach().to("cpu", copy=True), _state_dicts(state))
+    copied: tuple[dict[str, Any], dict[str, Any]] = pytree.tree_map_only(
+        torch.Tensor, lambda x: x.detach().to("cpu", copy=True), _state_dicts(state)
+    )
+    return copied
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -315,7 +334,7 @@ def _own_faults() -> Iterator[None]:
     """What torch gathers from all ranks becomes the fault of the first of them, the same on all."""
     try:
         yield
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         first = min(error.failures)
         raise error.failures[first][0] from error
 
