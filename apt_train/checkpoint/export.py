@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 
@@ -18,7 +17,7 @@ from apt_core.config import parse
 from apt_core.errors import CheckpointError
 from apt_train.checkpoint.hf_config import model_document
 from apt_train.checkpoint.manifest import Manifest
-from apt_train.checkpoint.store import SETTINGS
+from apt_train.checkpoint.store import SETTINGS, own_faults
 from apt_train.config import RunConfig
 from apt_train.lora import merged_state
 from apt_train.loss import ModelWithLoss
@@ -71,7 +70,8 @@ def export(checkpoint: Path, out: Path, *, dtype: ExportDtype = "float32", repla
 def _load(model: ModelState, checkpoint: Path) -> None:
     weights = {"model": model.state_dict()}
     try:
-        load_distributed(weights, storage_reader=FileSystemReader(checkpoint), no_dist=True)
-    except (RuntimeError, ValueError, OSError, CheckpointException) as error:
+        with own_faults():
+            load_distributed(weights, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"its model cannot be read: {error}", file=checkpoint) from error
     model.load_state_dict(weights["model"])

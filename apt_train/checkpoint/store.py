@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ class CheckpointStore:
         tensors, _ = _state_dicts(state)
         reader = FileSystemReader(chosen.folder)
         try:
-            with _own_faults():
+            with own_faults():
                 load_distributed(tensors, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"does not fit this run: {error}", file=chosen.folder) from error
@@ -232,7 +233,7 @@ class CheckpointStore:
         def write() -> None:
             self._on_first_rank(lambda: _make_anew(unfinished))
             writer = FileSystemWriter(unfinished)
-            with _own_faults():
+            with own_faults():
                 save_distributed(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             self._on_first_rank(lambda: self._write_rest(rest, unfinished))
             sums = self._own_sums(unfinished)
@@ -330,10 +331,12 @@ def _make_anew(folder: Path) -> None:
 
 
 @contextmanager
-def _own_faults() -> Iterator[None]:
-    """What torch gathers from all ranks becomes the fault of the first of them, the same on all."""
+def own_faults() -> Iterator[None]:
+    """Around torch's saving and loading: what it gathers from all ranks becomes the fault of the first of them."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # we know who is alone
+            yield
     except CheckpointException as error:
         first = min(error.failures)
         raise error.failures[first][0] from error
