@@ -58,7 +58,7 @@ class CheckpointStore:
 
     Args:
         run_folder: shared by all ranks.
-        run_settings: of the run, as JSON has them; kept with each checkpoint.
+        run_settings: of the run, by section; kept with each checkpoint as JSON.
         retry: calls a function that reads or writes files, again where a fault may pass.
     """
 
@@ -70,7 +70,7 @@ class CheckpointStore:
         retry: Callable[[Callable[[], None]], None] = lambda call: call(),
     ) -> None:
         self._settings = settings
-        self._run_settings = run_settings
+        self._run_settings: dict[str, Any] = json.loads(json.dumps(run_settings, default=str))
         self._folder = run_folder / FOLDER
         self._retry = retry
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
@@ -83,7 +83,7 @@ class CheckpointStore:
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint belongs behind this many steps."""
-        return any(every and step % every == 0 for every in (self._settings.every, self._settings.temporary_every))
+        return step > 0 and any(n and step % n == 0 for n in (self._settings.every, self._settings.temporary_every))
 
     def save_last(self, state: RunState) -> Path:
         """Write the state a run ends with, if it is not there yet; its folder, complete.

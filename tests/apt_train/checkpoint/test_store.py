@@ -24,7 +24,7 @@ from tests.apt_train.corpus import text_batch
 from tests.apt_train.test_loop import new_model, new_trainer
 from tests.apt_train.test_state import run_state
 
-RUN_SETTINGS: dict[str, Any] = {"model": {"hidden_size": 32}, "lora": {"rank": 0}}
+RUN_SETTINGS: dict[str, Any] = {"model": {"hidden_size": 32}, "lora": {"rank": 0, "targets": ("q_proj",)}}
 
 
 class Run:
@@ -185,7 +185,7 @@ def test_a_run_does_not_begin_where_its_settings_cannot_be_meant(tmp_path, setti
 
 def test_another_model_is_refused_by_name(tmp_path):
     Run(tmp_path).to(1)
-    run = Run(tmp_path, run_settings={"model": {"hidden_size": 64}, "lora": {"rank": 0}})
+    run = Run(tmp_path, run_settings=RUN_SETTINGS | {"model": {"hidden_size": 64}})
     with pytest.raises(ConfigError, match=r"model.hidden_size: is 64, and was 32"):
         run.store.restore(run.state)
 
@@ -216,6 +216,6 @@ def test_a_fault_of_the_disk_is_waited_out_if_it_may_pass(tmp_path, monkeypatch,
     if passes:
         assert steps_in(tmp_path) == [] and run.to(1) and steps_in(tmp_path) == [1]
     else:
-        with pytest.raises(CheckpointError, match="step-00000001.*injected"):
+        with pytest.raises(CheckpointError, match=r"step-00000001.*injected"):
             run.to(1)
         assert steps_in(tmp_path) == []
