@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from apt_train.errors.board import Board, Heartbeat, ProcessId, Stop
-from apt_train.errors.watchdog import ExitCode, report_text, stalled_ranks
+from apt_train.errors.stop_report import report_text, stalled_ranks
+from apt_train.errors.watchdog import ExitCode
 
 ROOT = Path(__file__).parents[3]
 SIGKILLED = -9
