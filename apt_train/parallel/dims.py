@@ -74,7 +74,7 @@ def join_processes(device: torch.device) -> int:
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-        # torchrun of torch 2.13 keeps one store over its restarts, which holds the addresses of processes that are gone.
+        # torchrun of torch 2.13 keeps one store over its restarts: it holds addresses of processes that are gone.
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
     return world_size
