@@ -25,7 +25,6 @@ from apt_train.train import train
 from tests.apt_train.faulty_rank import BAD_STEP
 from tests.apt_train.runs import ROOT, SICK, write_config
 
-
 FAULTS = {4: "non-finite", 14: "exploding", 18: "vanishing"}
 """By step, counted from 1."""
 
