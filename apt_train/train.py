@@ -108,7 +108,7 @@ class _Loop:
                 return self.journal.ends(f"{signal.name} asked it to stop")
             self.guard.at(state.step + 1, "data")
             self.watch.start(self.loader.wait_seconds)
-            batches = list(itertools.islice(self.loader, settings.micro_batches // self.dims.data))
+            batches = self._read(settings.micro_batches // self.dims.data)
             if not batches:
                 return self.journal.ends("there is no more data")
             result = self._step(batches)
@@ -119,6 +119,11 @@ class _Loop:
                 self.journal.evaluation(state.step, evaluation)
                 if self.stopping.should_stop(evaluation.loss):
                     return self.journal.ends(f"validation has not improved for {settings.patience} evaluations")
+
+    def _read(self, number: int) -> list[MicroBatch]:
+        """So many micro-batches, or fewer at the end of the data."""
+        reads = (self.guard.retry(lambda: next(self.loader, None), "reading data") for _ in range(number))
+        return [batch for batch in reads if batch is not None]
 
     def _step(self, batches: list[MicroBatch]) -> StepResult:
         with_accuracy = self.journal.wants_details(self.state.step + 1)

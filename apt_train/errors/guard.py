@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from apt_train.errors.log import ErrorLogger
-from apt_train.errors.recovery import OutOfMemoryRecovery, RecoverySettings
+from apt_train.errors.recovery import OutOfMemoryRecovery, RecoverySettings, with_backoff
 from apt_train.errors.watchdog import Watchdog, WatchdogSettings, open_watchdog
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +39,7 @@ class Guard:
         self._watchdog: Watchdog | None = None
         if num_ranks > 1:
             self._watchdog = open_watchdog(watchdog, folder / "watchdog")
-        self._rank = rank
+        self._recovery, self._rank = recovery, rank
         self._step, self._phase = 0, "start"
 
     def __enter__(self) -> Guard:
@@ -69,6 +72,21 @@ class Guard:
         with self._watchdog.allow(seconds, phase) if self._watchdog is not None else nullcontext():
             yield
         self._phase = before
+
+    def retry(self, call: Callable[[], T], what: str) -> T:
+        """Call until no passing fault of a disk or network comes, with ever longer waits.
+
+        Raises:
+            OSError: the fault does not pass.
+        """
+        return with_backoff(call, self._recovery, what, note=self.note, sleep=self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        """Without counting as stalled."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.go_on()
+            time.sleep(min(left, 1.0))
 
     def note(self, error: BaseException) -> None:
         """Log an error, whether or not the run goes on."""
