@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial
 
 from apt_core.errors import AptError, ConfigError
 from apt_train.monitor.metrics import MetricsWriter
@@ -353,7 +353,7 @@ def _num_shards(parameter: nn.Parameter) -> int:
     if not isinstance(parameter, DTensor):
         return 1
     mesh, placements = parameter.device_mesh, parameter.placements
-    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if isinstance(placement, Shard))
+    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if not placement.is_replicate())
 
 
 def _severity(anomaly: GradientAnomaly) -> tuple[int, float]:
