@@ -132,7 +132,7 @@ class Trainer:
         right = torch.zeros((), device=self._device, dtype=torch.int64)
         if isinstance(self.model, Pipeline):
             self._tick()
-            scale = self.scaler.scale(torch.tensor(factor, device=self._device))
+            scale = self.scaler.scale(torch.tensor(factor, dtype=torch.float64, device=self._device))
             moved = [batch.to(self._device) for batch in batches]
             total, right = self.model.backward(moved, scale, autocast=self._autocast, with_accuracy=with_accuracy)
         else:

@@ -321,7 +321,8 @@ class _Layout:
         filled = [(i, gradient) for i, gradient in here if gradient.numel()]
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         if filled:
-            norms = torch._foreach_norm([gradient for _, gradient in filled], 2, dtype=torch.float32)
+            wide = torch.promote_types(filled[0][1].dtype, torch.float32)
+            norms = torch._foreach_norm([gradient for _, gradient in filled], 2, dtype=wide)
             places = torch.tensor([self._places[i] for i, _ in filled], device=self.device)
             weights = torch.tensor([self._weights[i] for i, _ in filled], dtype=torch.float64, device=self.device)
             # In float64 a square of float32 cannot overflow.

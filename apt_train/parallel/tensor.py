@@ -57,8 +57,7 @@ def complete_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         gradient = parameter.grad
         if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-            if gradient.placements != parameter.placements:
-                parameter.grad = gradient.redistribute(placements=parameter.placements)
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
 def _style(name: str, module: nn.Module) -> ParallelStyle | None:
