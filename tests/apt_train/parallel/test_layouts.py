@@ -94,13 +94,10 @@ def trained(rank: int, layout: Layout, world_size: int) -> dict[str, Any]:
     )
     share = MICRO_BATCHES // dims.data
     own = range(share * dims.data_rank(rank), share * (dims.data_rank(rank) + 1))
-    steps = [
-        trainer.step(i, [micro_batch(MICRO_BATCHES * i + j) for j in own], with_accuracy=True) for i in range(STEPS)
-    ]
+    of_steps = [[micro_batch(MICRO_BATCHES * step + j) for j in own] for step in range(STEPS)]
+    steps = [trainer.step(step, batches, with_accuracy=True) for step, batches in enumerate(of_steps)]
     evaluation = trainer.evaluate([micro_batch(1000 + j) for j in own])
-    tensors = [t for o in optimizers for s in o.state.values() for t in s.values() if t.dim()] + list(
-        model.parameters()
-    )
+    moments = [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values() if t.dim()]
     embedding = dict(plain(model).named_parameters()).get("model.model.embed_tokens.weight")
     return {
         "losses": [step.loss for step in steps],
