@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from apt_train.loss import Batch
 from apt_train.monitor.gradients import GradientMonitor, GradientReport
 from apt_train.optimizer import set_learning_rate
-from apt_train.parallel.clipping import clip, gradient_norm
-from apt_train.parallel.parallelize import plain, set_gradient_sync
+from apt_train.parallel.clipping import clip
+from apt_train.parallel.parallelize import model_gradient_norm, plain, set_gradient_sync
+from apt_train.parallel.pipeline import Pipeline
+from apt_train.parallel.tensor import complete_gradients
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -128,13 +130,20 @@ class Trainer:
         factor = size / max(round(scored), 1)
         total = torch.zeros((), device=self._device, dtype=torch.float64)
         right = torch.zeros((), device=self._device, dtype=torch.int64)
-        for place, batch in enumerate(batches):
+        if isinstance(self.model, Pipeline):
             self._tick()
-            set_gradient_sync(self.model, place == len(batches) - 1)
-            losses, num_right = self._forward(batch, with_accuracy)
-            self.scaler.scale(losses * factor).backward()
-            total += losses.detach()
-            right += num_right
+            scale = self.scaler.scale(torch.tensor(factor, dtype=torch.float64, device=self._device))
+            moved = [batch.to(self._device) for batch in batches]
+            total, right = self.model.backward(moved, scale, autocast=self._autocast, with_accuracy=with_accuracy)
+        else:
+            for place, batch in enumerate(batches):
+                self._tick()
+                set_gradient_sync(self.model, place == len(batches) - 1)
+                losses, num_right = self._forward(batch, with_accuracy)
+                self.scaler.scale(losses * factor).backward()
+                total += losses.detach()
+                right += num_right
+        complete_gradients(self.model)
         loss, num_right_of_all = self._summed(total, right)
         return Sums(loss, round(scored), round(num_right_of_all) if with_accuracy else None)
 
@@ -145,7 +154,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         report = self._look(index)
-        norm = float(gradient_norm(self._parameters)) if report is None else report.total_norm
+        norm = float(model_gradient_norm(self.model)) if report is None else report.total_norm
         is_skipped = not math.isfinite(norm) or (report is not None and report.must_skip)
         if not is_skipped:
             if self._max_grad_norm is not None:

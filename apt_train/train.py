@@ -28,7 +28,7 @@ from apt_train.loss import ModelWithLoss
 from apt_train.model import ModelSource
 from apt_train.monitor.gradients import GradientMonitor, UnhealthyGradientsError
 from apt_train.optimizer import build_optimizers
-from apt_train.parallel.dims import ParallelDims, join_processes
+from apt_train.parallel.dims import ParallelDims, data_group, join_processes
 from apt_train.parallel.parallelize import parallelize
 from apt_train.schedule import learning_rate_factor
 from apt_train.speed import Stopwatch, product_rate
@@ -57,14 +57,15 @@ def train(config: RunConfig) -> Summary:
     folder = Path(config.run.folder)
     with Guard(config.recovery, config.watchdog, folder, rank=rank, num_ranks=dims.world_size) as guard:
         source = ModelSource(config.model)
-        data = _Data(config, source, rank, dims.data)
+        dims.check_model(source.config, config.parallel)
+        data = _Data(config, source, dims.data_rank(rank), dims.data)
         data.check()
         with closing(data.open("train")) as loader:
             dtype = torch.float64 if config.run.precision == "float64" else torch.float32
             plain = ModelWithLoss(source.build(config.lora, dtype=dtype, device=device, seed=config.run.seed))
             model = parallelize(plain, dims, mesh, config.parallel, compiles=config.run.compile)
             monitor = GradientMonitor(config.monitor)
-            group = dist.group.WORLD if mesh is not None else None
+            group = data_group(mesh)
             trainer = _trainer(config, model, monitor, device, group, guard)
             stopping = EarlyStopping(config.run.patience, config.run.min_improvement)
             state = RunState(model, trainer.optimizers, trainer.scaler, loader, stopping, monitor)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial
 
 from apt_core.errors import AptError, ConfigError
 from apt_train.monitor.metrics import MetricsWriter
@@ -321,7 +321,8 @@ class _Layout:
         filled = [(i, gradient) for i, gradient in here if gradient.numel()]
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         if filled:
-            norms = torch._foreach_norm([gradient for _, gradient in filled], 2, dtype=torch.float32)
+            wide = torch.promote_types(filled[0][1].dtype, torch.float32)
+            norms = torch._foreach_norm([gradient for _, gradient in filled], 2, dtype=wide)
             places = torch.tensor([self._places[i] for i, _ in filled], device=self.device)
             weights = torch.tensor([self._weights[i] for i, _ in filled], dtype=torch.float64, device=self.device)
             # In float64 a square of float32 cannot overflow.
@@ -353,7 +354,7 @@ def _num_shards(parameter: nn.Parameter) -> int:
     if not isinstance(parameter, DTensor):
         return 1
     mesh, placements = parameter.device_mesh, parameter.placements
-    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if isinstance(placement, Shard))
+    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if not placement.is_replicate())
 
 
 def _severity(anomaly: GradientAnomaly) -> tuple[int, float]:
