@@ -41,10 +41,7 @@ def loaded(folder: Path) -> DecoderForCausalLM:
 def trained(request, tmp_path_factory):
     """A run's folder, and the logits of the model as it was trained."""
     folder = tmp_path_factory.mktemp(request.param)
-    arguments = [
-        "run",
-        *{"full": [], "qk_norm": ["--model.qk_norm", "true"], "lora": ["--lora.rank", "2"]}[request.param],
-    ]
+    flags = {"full": [], "qk_norm": ["--model.qk_norm", "true"], "lora": ["--lora.rank", "2"]}[request.param]
     seen: list[torch.Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         build = ModelSource.build
