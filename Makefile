@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm clean
+.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm test-faults clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,6 +34,10 @@ test: install ## Install, then run every check and every test with coverage.
 	@echo "== Tests with coverage, $(OMP_NUM_THREADS) threads"
 	@$(BIN)/python -m pytest -q --cov --cov-report=term $(ARGS)
 	@echo "== All passed. Next: make serve"
+
+test-faults: install ## Run the long tests that kill processes at random moments.
+	@echo "== Tests that inject faults"
+	@$(BIN)/python -m pytest -q -m faults $(ARGS)
 
 test-gpu: ## Run what needs a GPU, by PYTHON, which must have CUDA torch, Triton, pytest and what APT needs.
 	@TRITON_INTERPRET=0 PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu $(ARGS)
