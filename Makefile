@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-faults test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm clean
+.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm test-faults clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -36,7 +36,7 @@ test: install ## Install, then run every check and every test with coverage.
 	@echo "== All passed. Next: make serve"
 
 test-faults: install ## Run the long tests that kill processes at random moments.
-	@echo "== Tests of faults"
+	@echo "== Tests that inject faults"
 	@$(BIN)/python -m pytest -q -m faults $(ARGS)
 
 test-gpu: ## Run what needs a GPU, by PYTHON, which must have CUDA torch, Triton, pytest and what APT needs.
