@@ -15,7 +15,8 @@ from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
 from apt_core.registry import build_model
 from apt_train.data import UNSCORED, DataConfig, DataLoader
-from apt_train.data.sources import find_files, read_records
+from apt_train.data.records import read_records
+from apt_train.data.sources import find_files
 
 END = 256
 
@@ -233,7 +234,7 @@ def test_a_resume_in_another_order_is_refused(folder, tokenizer):
 
 @pytest.mark.parametrize("unit", ["file", "paragraph"])
 def test_text_is_read_whole_from_any_place_and_never_cuts_a_character(tmp_path, unit, monkeypatch):
-    monkeypatch.setattr("apt_train.data.sources.MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr("apt_train.data.records.MAX_TEXT_BYTES", 10)
     text = "één alinea\n\nfür\nñandú 日本語日本語日本語\n \n\n🙂🙂🙂🙂 last"
     (tmp_path / "a.txt").write_text(text)
     config = DataConfig(paths=(f"{tmp_path}/a.txt",), text_documents=unit)
@@ -269,9 +270,9 @@ def test_parquet_is_read_from_any_row(tmp_path, tokenizer):
     parquet.write_table(pyarrow.table({"body": [f"row {i}" for i in range(900)]}), path, row_group_size=400)
     config = DataConfig(paths=(str(path),), column="body")
     (file,) = find_files(config.paths, config, field="data.paths")
-    values = [record.data for record in read_records(file, 0, config)]
+    values = [record.data.as_py() for record in read_records(file, 0, config)]
     assert values == [f"row {i}" for i in range(900)]
     for begin in (1, 257, 399, 400, 899):
-        assert [record.data for record in read_records(file, begin, config)] == values[begin:]
+        assert [record.data.as_py() for record in read_records(file, begin, config)] == values[begin:]
     with pytest.raises(ConfigError, match=r"data\.column.*'text'; it has body"):
         loader(DataConfig(paths=(str(path),)), tokenizer)
