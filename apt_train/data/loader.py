@@ -18,7 +18,8 @@ from apt_core.tokenizer import Tokenizer
 from apt_train.data.batch import MicroBatch
 from apt_train.data.config import DataConfig
 from apt_train.data.packing import empty_batch, pack
-from apt_train.data.sources import SourceFile, find_files
+from apt_train.data.records import SourceFile
+from apt_train.data.sources import find_files
 from apt_train.data.stream import DocumentStream, Position, Split
 
 _FREE_FIELDS = frozenset({"paths", "validation_paths", "epochs", "on_bad_record", "prefetch"}) | frozenset(

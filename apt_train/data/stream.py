@@ -27,7 +27,8 @@ from apt_train.data.samples import BadRecordError, Sample, read_sample
 
 Split = Literal["train", "validation"]
 _BATCH_CHARACTERS = 1 << 18
-"""Text that is tokenized in one call."""
+"""Text that is tokenized in one call, at most."""
+_FIRST_BATCH_CHARACTERS = 1 << 12
 _LEAST_TOKENS = 2
 """Of a document in which there is something to predict."""
 _TOLD = frozenset(10**power for power in range(12))
@@ -188,12 +189,13 @@ class DocumentStream:
 
 
 def _batches(samples: list[Sample]) -> Iterator[list[Sample]]:
-    batch, size = list[Sample](), 0
+    """Small ones first, so that the first document does not wait for many."""
+    batch, size, limit = list[Sample](), 0, _FIRST_BATCH_CHARACTERS
     for sample in samples:
         batch.append(sample)
         size += sum(len(segment.text) for segment in sample)
-        if size >= _BATCH_CHARACTERS:
+        if size >= limit:
             yield batch
-            batch, size = [], 0
+            batch, size, limit = [], 0, min(2 * limit, _BATCH_CHARACTERS)
     if batch:
         yield batch

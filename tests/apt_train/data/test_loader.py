@@ -64,7 +64,7 @@ def test_every_prediction_is_there_once_an_epoch(folder, tokenizer, fields):
     assert found == Counter({pair: count * config.epochs for pair, count in expected.items()})
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(fields=SETTINGS, cut=st.data())
 def test_a_resume_at_any_place_with_any_number_of_ranks_goes_on_exactly(folder, tokenizer, fields, cut):
     config = config_of(folder, **fields)
