@@ -17,6 +17,7 @@ class DataRate:
     """Of one rank; with N ranks each makes all micro-batches and trains on an N-th."""
 
     num_tokens: int
+    """That count for the loss: no padding."""
     seconds: float
     processor_seconds: float
     """Of all threads."""
@@ -32,7 +33,7 @@ def measure(config: RunConfig) -> DataRate:
     data = replace(config.data, epochs=1)
     loader = DataLoader(data, source.tokenizer, vocab_size=source.config.vocab_size)
     begin, busy = time.perf_counter(), time.process_time()
-    num_tokens = sum(data.micro_batch_tokens for _ in loader)
+    num_tokens = sum(batch.num_scored for batch in loader)
     return DataRate(num_tokens, time.perf_counter() - begin, time.process_time() - busy)
 
 
