@@ -121,5 +121,6 @@ def test_runs_that_are_killed_end_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(1200)
 def test_runs_that_are_killed_twenty_times_end_with_the_same_bits(tmp_path):
     check_kills(tmp_path, 20, seed=2)
