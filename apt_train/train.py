@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from apt_core.errors import ConfigError
 from apt_train.config import RunConfig
 from apt_train.data import DataLoader, MicroBatch
 from apt_train.data.divide import divided
@@ -46,7 +47,7 @@ def train(config: RunConfig) -> Summary:
     mesh = dims.mesh(device.type)
     rank = dist.get_rank() if mesh is not None else 0
     torch.manual_seed(config.run.seed)
-    folder = Path(config.run.folder)
+    folder = _folder(config.run.folder)
     with Guard(config.recovery, config.watchdog, folder, rank=rank, num_ranks=dims.world_size) as guard:
         source = ModelSource(config.model)
         data = _Data(config, source, rank, dims.data)
@@ -63,7 +64,7 @@ def train(config: RunConfig) -> Summary:
             # Restore: here the state is whole, and nothing has begun.
             peak = product_rate(getattr(torch, config.run.precision), device) * dims.world_size
             watch = Stopwatch(source.config, trains_weights=not config.lora.rank, peak=peak, num_shares=dims.data)
-            with closing(Journal(config, plain.model, monitor, rank=rank, first_step=state.step)) as journal:
+            with closing(Journal(config, folder, plain.model, monitor, rank=rank, first_step=state.step)) as journal:
                 _Loop(config, dims, data, loader, trainer, stopping, state, guard, journal, watch).run()
             # Publish: the model is trained.
     return journal.summary
@@ -152,6 +153,15 @@ class _Data:
             rank=self.rank,
             num_ranks=self.num_ranks,
         )
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be made: {error.strerror}", field="run.folder") from None
+    return folder
 
 
 def _trainer(
