@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from apt_core.errors import ConfigError
 from apt_train.checkpoint.export import export
 from apt_train.checkpoint.store import CheckpointStore
 from apt_train.config import RunConfig
@@ -54,7 +55,7 @@ def train(config: RunConfig) -> Summary:
     mesh = dims.mesh(device.type)
     rank = dist.get_rank() if mesh is not None else 0
     torch.manual_seed(config.run.seed)
-    folder = Path(config.run.folder)
+    folder = _folder(config.run.folder)
     with Guard(config.recovery, config.watchdog, folder, rank=rank, num_ranks=dims.world_size) as guard:
         source = ModelSource(config.model)
         dims.check_model(source.config, config.parallel)
@@ -74,7 +75,7 @@ def train(config: RunConfig) -> Summary:
             store.restore(state)
             peak = product_rate(getattr(torch, config.run.precision), device) * dims.world_size
             watch = Stopwatch(source.config, trains_weights=not config.lora.rank, peak=peak, num_shares=dims.data)
-            journal = Journal(config, plain.model, monitor, rank=rank, first_step=state.step)
+            journal = Journal(config, folder, plain.model, monitor, rank=rank, first_step=state.step)
             with closing(journal), closing(store), Interruption(device) as interruption:
                 loop = _Loop(config, dims, data, loader, trainer, stopping, state, guard, journal, watch)
                 loop.run(store, interruption)
@@ -186,6 +187,15 @@ def _publish(
         export(last, model, dtype=config.checkpoint.export, replaces=True)
         written |= {"model": model}
     journal.summary.written = written
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be made: {error.strerror}", field="run.folder") from None
+    return folder
 
 
 def _trainer(

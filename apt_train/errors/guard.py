@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from apt_core.errors import ConfigError
 from apt_train.errors.log import ErrorLogger
 from apt_train.errors.recovery import OutOfMemoryRecovery, RecoverySettings, with_backoff
 from apt_train.errors.watchdog import Watchdog, WatchdogSettings, open_watchdog
@@ -21,8 +22,8 @@ log = logging.getLogger(__name__)
 class Guard:
     """Use as a context around the whole run, on all ranks alike.
 
-    An error that leaves it is logged with rank and step. With several ranks it then stops all of them and ends this
-    process; alone it passes on.
+    An error that leaves it is logged with rank and step, unless it is a wrong setting. With several ranks it then stops
+    all of them and ends this process; alone it passes on.
 
     Args:
         folder: of the run, shared by the ranks.
@@ -48,7 +49,7 @@ class Guard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, ConfigError):
             self.note(error)
         if self.num_noted:
             log.warning("errors of this run: %s", self.errors.generate_error_report().markdown)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from torch import nn
 
 from apt_train.cli import USAGE_ERROR, main
 from apt_train.config import read_config
+from apt_train.data import DataLoader
 from apt_train.errors.log import ErrorLogger
 from apt_train.journal import Summary
 from apt_train.loop import StepResult, Sums, Trainer
@@ -95,6 +98,22 @@ def test_a_run_that_is_short_of_memory_goes_on_with_smaller_micro_batches_and_th
     assert cause.name.startswith("OutOfMemoryError")
 
 
+def test_a_fault_of_the_disk_that_passes_is_logged_and_the_run_goes_on(tmp_path, monkeypatch):
+    following, calls = DataLoader.__next__, itertools.count(1)
+
+    def failing(self):
+        if next(calls) in (3, 4):
+            raise OSError(errno.EIO, "bad cable")
+        return following(self)
+
+    monkeypatch.setattr(DataLoader, "__next__", failing)
+    summary = run(tmp_path, 3, recovery__io_first_wait_s="0.01")
+    assert summary.steps == 3
+    (cause,) = ErrorLogger(tmp_path / "run/errors", 0).analyze_error_patterns().causes
+    assert (cause.count, cause.steps) == (2, "2")
+    assert "bad cable" in cause.name
+
+
 def test_validation_that_no_longer_improves_ends_the_run(tmp_path):
     summary = run(tmp_path, 20, run__evaluate_every="2", run__patience="2", run__min_improvement="100")
     assert summary.steps == 6  # the first evaluation is the best one
@@ -155,6 +174,7 @@ def test_details_of_some_steps_are_written(tmp_path):
     [
         ("--run.device=gpu", "run.device"),
         ("--run.device=cuda:99", "run.device"),
+        ("--run.folder=/dev/null/run", "run.folder"),
         ("--data.paths=nowhere/*.txt", "data.paths"),
         ("--data.validation_paths=nowhere.txt", "data.validation"),
         ("--model.vocab_size=1000", "model.vocab_size"),
