@@ -143,7 +143,7 @@ class Trainer:
                 self.scaler.scale(losses * factor).backward()
                 total += losses.detach()
                 right += num_right
-        complete_gradients(self.model)
+            complete_gradients(self.model)
         loss, num_right_of_all = self._summed(total, right)
         return Sums(loss, round(scored), round(num_right_of_all) if with_accuracy else None)
 

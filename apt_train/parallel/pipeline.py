@@ -24,6 +24,7 @@ from apt_core.models.decoder import DecoderForCausalLM
 from apt_train.loss import Batch, ModelWithLoss
 from apt_train.parallel.padding import padded
 from apt_train.parallel.stage import StackedBatches, Stage
+from apt_train.parallel.tensor import complete_gradients
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
@@ -88,6 +89,7 @@ class Pipeline(ModelWithLoss):
             autocast=autocast,
             with_accuracy=with_accuracy,
         )
+        complete_gradients(self)
         self._sum_tied_gradients()
         sums = torch.stack(found).double().sum(0) if found else stacked.labels.new_zeros(2, dtype=torch.float64)
         return self._of_last(sums)
@@ -166,7 +168,9 @@ class Pipeline(ModelWithLoss):
     def _tied_weight(self) -> nn.Parameter | None:
         """The embedding that is the head as well, where this process has either."""
         has_either = any(stage.index == 0 or stage.is_last for stage in self.stages)
-        return self.model.model.embed_tokens.weight if has_either and self.model.config.tie_word_embeddings else None
+        if not has_either or not self.model.config.tie_word_embeddings:
+            return None
+        return self.model.model.embed_tokens.get_parameter("weight")
 
     def _sum_tied_gradients(self) -> None:
         """A tied embedding's gradient is that of the first stage plus that of the last."""
