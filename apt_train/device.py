@@ -25,7 +25,7 @@ def open_device(name: str) -> torch.device:
         return torch.device("cpu")
     if device.type != "cuda":
         raise ConfigError(f"must be auto, cpu or cuda, got {name}", field="run.device")
-    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    index = device.index if ":" in name else int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
         raise ConfigError(f"there are {torch.cuda.device_count()} CUDA devices here", field="run.device")
     torch.cuda.set_device(index)

@@ -69,14 +69,14 @@ class Journal:
     """Takes every step on all ranks; the first alone writes.
 
     Args:
+        folder: for metrics and settings.
         model: the plain one, for the distribution of its weights.
         first_step: steps done before.
     """
 
     def __init__(
-        self, config: RunConfig, model: nn.Module, monitor: GradientMonitor, *, rank: int, first_step: int
+        self, config: RunConfig, folder: Path, model: nn.Module, monitor: GradientMonitor, *, rank: int, first_step: int
     ) -> None:
-        folder = Path(config.run.folder)
         self.summary = Summary(folder, steps=first_step)
         self._settings, self._model, self._monitor, self._rank = config.metrics, model, monitor, rank
         self._device = next(model.parameters()).device

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from apt_core.errors import ConfigError
 from apt_train.config import RunConfig
 from apt_train.data import DataLoader, MicroBatch
 from apt_train.data.divide import divided
@@ -46,7 +47,7 @@ def train(config: RunConfig) -> Summary:
     mesh = dims.mesh(device.type)
     rank = dist.get_rank() if mesh is not None else 0
     torch.manual_seed(config.run.seed)
-    folder = Path(config.run.folder)
+    folder = _folder(config.run.folder)
     with Guard(config.recovery, config.watchdog, folder, rank=rank, num_ranks=dims.world_size) as guard:
         source = ModelSource(config.model)
         dims.check_model(source.config, config.parallel)
@@ -64,7 +65,7 @@ def train(config: RunConfig) -> Summary:
             # Restore: here the state is whole, and nothing has begun.
             peak = product_rate(getattr(torch, config.run.precision), device) * dims.world_size
             watch = Stopwatch(source.config, trains_weights=not config.lora.rank, peak=peak, num_shares=dims.data)
-            with closing(Journal(config, plain.model, monitor, rank=rank, first_step=state.step)) as journal:
+            with closing(Journal(config, folder, plain.model, monitor, rank=rank, first_step=state.step)) as journal:
                 _Loop(config, dims, data, loader, trainer, stopping, state, guard, journal, watch).run()
             # Publish: the model is trained.
     return journal.summary
@@ -91,7 +92,7 @@ class _Loop:
         while state.step < settings.steps:
             self.guard.at(state.step + 1, "data")
             self.watch.start(self.loader.wait_seconds)
-            batches = list(itertools.islice(self.loader, settings.micro_batches // self.dims.data))
+            batches = self._read(settings.micro_batches // self.dims.data)
             if not batches:
                 return self.journal.ends("there is no more data")
             result = self._step(batches)
@@ -103,6 +104,11 @@ class _Loop:
                 self.journal.evaluation(state.step, evaluation)
                 if self.stopping.should_stop(evaluation.loss):
                     return self.journal.ends(f"validation has not improved for {settings.patience} evaluations")
+
+    def _read(self, number: int) -> list[MicroBatch]:
+        """So many micro-batches, or fewer at the end of the data."""
+        reads = (self.guard.retry(lambda: next(self.loader, None), "reading data") for _ in range(number))
+        return [batch for batch in reads if batch is not None]
 
     def _step(self, batches: list[MicroBatch]) -> StepResult:
         with_accuracy = self.journal.wants_details(self.state.step + 1)
@@ -148,6 +154,15 @@ class _Data:
             rank=self.rank,
             num_ranks=self.num_ranks,
         )
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be made: {error.strerror}", field="run.folder") from None
+    return folder
 
 
 def _trainer(

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
+from apt_core.errors import ConfigError
 from apt_train.errors.log import ErrorLogger
-from apt_train.errors.recovery import OutOfMemoryRecovery, RecoverySettings
+from apt_train.errors.recovery import OutOfMemoryRecovery, RecoverySettings, with_backoff
 from apt_train.errors.watchdog import Watchdog, WatchdogSettings, open_watchdog
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class Guard:
     """Use as a context around the whole run, on all ranks alike.
 
-    An error that leaves it is logged with rank and step. With several ranks it then stops all of them and ends this
-    process; alone it passes on.
+    An error that leaves it is logged with rank and step, unless it is a wrong setting. With several ranks it then stops
+    all of them and ends this process; alone it passes on.
 
     Args:
         folder: of the run, shared by the ranks.
@@ -36,7 +40,7 @@ class Guard:
         self._watchdog: Watchdog | None = None
         if num_ranks > 1:
             self._watchdog = open_watchdog(watchdog, folder / "watchdog")
-        self._rank = rank
+        self._recovery, self._rank = recovery, rank
         self._step, self._phase = 0, "start"
 
     def __enter__(self) -> Guard:
@@ -45,7 +49,7 @@ class Guard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, ConfigError):
             self.note(error)
         if self.num_noted:
             log.warning("errors of this run: %s", self.errors.generate_error_report().markdown)
@@ -69,6 +73,21 @@ class Guard:
         with self._watchdog.allow(seconds, phase) if self._watchdog is not None else nullcontext():
             yield
         self._phase = before
+
+    def retry(self, call: Callable[[], T], what: str) -> T:
+        """Call until no passing fault of a disk or network comes, with ever longer waits.
+
+        Raises:
+            OSError: the fault does not pass.
+        """
+        return with_backoff(call, self._recovery, what, note=self.note, sleep=self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        """Without counting as stalled."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.go_on()
+            time.sleep(min(left, 1.0))
 
     def note(self, error: BaseException) -> None:
         """Log an error, whether or not the run goes on."""

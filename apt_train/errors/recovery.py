@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,22 +124,37 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, TimeoutError | ConnectionError) or (isinstance(error, OSError) and error.errno in PASSING)
 
 
-def with_backoff(call: Callable[[], T], settings: RecoverySettings, what: str) -> T:
+def with_backoff(
+    call: Callable[[], T],
+    settings: RecoverySettings,
+    what: str,
+    *,
+    note: Callable[[BaseException], object] = lambda error: None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
     """Call until no passing fault comes, with ever longer waits; ``what`` names the call in the log.
+
+    Args:
+        note: told of each fault that is not the last.
+        sleep: waits so many seconds.
 
     Raises:
         OSError: the fault does not pass, or ``io_attempts`` calls have failed: the last one's.
     """
 
-    def note(state: RetryCallState) -> None:
+    def tell(state: RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None
-        log.warning("%s failed, again in %.1f s: %s", what, state.next_action.sleep, state.outcome.exception())
+        error = state.outcome.exception()
+        assert error is not None
+        log.warning("%s failed, again in %.1f s: %s", what, state.next_action.sleep, error)
+        note(error)
 
     retrying = Retrying(
         retry=retry_if_exception(is_passing),
         wait=wait_random_exponential(settings.io_first_wait_s, settings.io_longest_wait_s),
         stop=stop_after_attempt(settings.io_attempts),
-        before_sleep=note,
+        before_sleep=tell,
+        sleep=sleep,
         reraise=True,
     )
     return retrying(call)

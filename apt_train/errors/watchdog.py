@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from apt_core.errors import AptError, ConfigError
 from apt_train.errors.board import Board, Heartbeat, ProcessId, Stop
+from apt_train.errors.stop_report import report_text
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +174,15 @@ class Watchdog:
             self._stop_all(stop, ExitCode.STALLED if self.rank in stop.ranks else ExitCode.STOPPED)
         elif (lost := self._lost()) is not None:
             self._stop_all(lost, ExitCode.STOPPED)
-        elif time.monotonic() - self._last_progress > self._allowed_s:
+        elif self._is_stalled():
             cause = f"no progress for {self._allowed_s:g} s in phase {self._phase}"
             self._stop_all(Stop(cause, (), self._step, self.rank), ExitCode.STALLED)
+
+    def _is_stalled(self) -> bool:
+        """Not while any rank goes on, such as one that tries to read a file again: this one may wait for it."""
+        if time.monotonic() - self._last_progress <= self._allowed_s:
+            return False
+        return all(other.is_still_for_s > self.settings.stall_after_s for other in self._others if not other.is_done)
 
     def _arm(self) -> None:
         """Let a thread of C write the stacks, which runs even where Python holds the interpreter's lock for ever."""
@@ -263,42 +270,26 @@ class _Other:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.heartbeat: Heartbeat | None = None
-        self._changed = time.monotonic()
+        self._changed = self._went_on = time.monotonic()
 
     def look(self, board: Board) -> None:
-        heartbeat = board.heartbeat(self.rank)
-        if heartbeat is not None and (self.heartbeat is None or heartbeat.count != self.heartbeat.count):
+        before, heartbeat = self.heartbeat, board.heartbeat(self.rank)
+        if heartbeat is not None and (before is None or heartbeat.count != before.count):
             self.heartbeat, self._changed = heartbeat, time.monotonic()
+            if before is None or heartbeat.progress != before.progress:
+                self._went_on = self._changed
 
     @property
     def silence_s(self) -> float:
         return time.monotonic() - self._changed
 
+    @property
+    def is_still_for_s(self) -> float:
+        return time.monotonic() - self._went_on
 
-def report_text(stop: Stop, heartbeats: list[Heartbeat], stacks: dict[int, str]) -> str:
-    """The report of all ranks as Markdown."""
-    suspects = stop.ranks or stalled_ranks(heartbeats, stacks)
-    lines = [
-        "# The run was stopped",
-        f"- cause: {stop.cause}",
-        f"- rank at fault: {', '.join(map(str, suspects))}",
-        f"- step: {stop.step}",
-        f"- noticed by: rank {stop.noticed_by}, {datetime.now(UTC).isoformat(timespec='seconds')}",
-    ]
-    lines += [f"- rank {b.rank}: step {b.step}, phase {b.phase}, process {b.process.pid}" for b in heartbeats]
-    if stop.traceback:
-        lines += [f"\n## Traceback of rank {stop.noticed_by}\n", _indented(stop.traceback)]
-    for rank, text in sorted(stacks.items()):
-        lines += [f"\n## Stacks of rank {rank}\n", _indented(text) or "    none: it did not answer"]
-    return "\n".join(lines) + "\n"
-
-
-def stalled_ranks(heartbeats: list[Heartbeat], stacks: dict[int, str]) -> tuple[int, ...]:
-    """Who lets the others wait: who is behind, and among equals who is not itself waiting in a collective."""
-    least = min(beat.progress for beat in heartbeats)
-    behind = [beat.rank for beat in heartbeats if beat.progress == least]
-    busy = [rank for rank in behind if "torch/distributed/" not in stacks.get(rank, "")]
-    return tuple(busy or behind)
+    @property
+    def is_done(self) -> bool:
+        return self.heartbeat is not None and self.heartbeat.is_done
 
 
 def _is_of_collective(error: BaseException) -> bool:
@@ -307,10 +298,6 @@ def _is_of_collective(error: BaseException) -> bool:
     words = ("gloo", "NCCL", "Connection closed", "Connection reset")
     is_named = any(word.lower() in str(error).lower() for word in words)
     return isinstance(error, dist.DistError) or is_named or any("torch/distributed/" in f.filename for f in frames)
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _read(path: Path) -> str:

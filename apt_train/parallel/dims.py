@@ -123,5 +123,9 @@ def join_processes(device: torch.device) -> int:
     """Meet the other processes that torchrun has started, if there are any; how many they are."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=START_TIMEOUT)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        # torchrun of torch 2.13 keeps one store over its restarts: it holds addresses of processes that are gone.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
     return world_size

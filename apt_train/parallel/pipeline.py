@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from apt_core.models.decoder import DecoderForCausalLM
 from apt_train.loss import Batch, ModelWithLoss
-from apt_train.parallel.padding import padded
+from apt_train.parallel.padding import padded, unscored
 from apt_train.parallel.stage import StackedBatches, Stage
 from apt_train.parallel.tensor import complete_gradients
 
@@ -51,6 +51,7 @@ class Pipeline(ModelWithLoss):
         self.head_loss = whole.head_loss
         self.group = group
         self._schedule_class = get_schedule_class(schedule)
+        self._is_in_rounds = schedule.startswith("Interleaved")
         self._multiple = multiple
         size, rank = group.size(), group.rank()
         self._owners = [_owner(index, size, is_v=schedule == "ZBVZeroBubble") for index in range(num_stages)]
@@ -69,7 +70,7 @@ class Pipeline(ModelWithLoss):
         Returns:
             What `ModelWithLoss.forward` does, summed over all micro-batches; the same on all processes of the pipeline.
         """
-        stacked = self._stacked(batches)
+        stacked = self._stacked(self._filled_up(batches))
         found: list[torch.Tensor] = []
 
         def loss(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -127,6 +128,13 @@ class Pipeline(ModelWithLoss):
         longest = max(len(batch.input_ids) for batch in batches)
         num_tokens = -(-longest // self._multiple) * self._multiple
         return StackedBatches.of([padded(batch, num_tokens) for batch in batches])
+
+    def _filled_up(self, batches: Sequence[Batch]) -> list[Batch]:
+        """With micro-batches that do not count, where the data has ended before a round of the schedule has."""
+        size = self.group.size()
+        least = max(len(batches), len(self._owners))
+        missing = -(-least // size) * size - len(batches) if self._is_in_rounds else 0
+        return [*batches, *[unscored(batches[0])] * missing]
 
     def _hidden(self, stacked: StackedBatches) -> torch.Tensor:
         """Room for what travels, [T/multiple, C]."""
