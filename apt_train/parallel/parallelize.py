@@ -100,6 +100,19 @@ def set_gradient_sync(model: nn.Module, is_last: bool) -> None:
         model.set_requires_gradient_sync(is_last or not plain(model).keeps_whole_gradients)
 
 
+def divide_again(model: nn.Module) -> None:
+    """After a pass without gradients, which leaves weights whole that a backward pass would have divided.
+
+    Until then the model's parameters are not those that optimizers and checkpoints know.
+    """
+    inner = plain(model)
+    roots: Sequence[nn.Module] = inner.stages if isinstance(inner, Pipeline) else (inner,)
+    for root in roots:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def model_gradient_norm(model: nn.Module) -> torch.Tensor:
     """L2 norm over all gradients of the whole model [], the same on every process."""
     inner = plain(model)
