@@ -15,7 +15,7 @@ from apt_train.loss import Batch
 from apt_train.monitor.gradients import GradientMonitor, GradientReport
 from apt_train.optimizer import set_learning_rate
 from apt_train.parallel.clipping import clip
-from apt_train.parallel.parallelize import model_gradient_norm, plain, set_gradient_sync
+from apt_train.parallel.parallelize import divide_again, model_gradient_norm, plain, set_gradient_sync
 from apt_train.parallel.pipeline import Pipeline
 from apt_train.parallel.tensor import complete_gradients
 
@@ -143,7 +143,7 @@ class Trainer:
                 self.scaler.scale(losses * factor).backward()
                 total += losses.detach()
                 right += num_right
-        complete_gradients(self.model)
+            complete_gradients(self.model)
         loss, num_right_of_all = self._summed(total, right)
         return Sums(loss, round(scored), round(num_right_of_all) if with_accuracy else None)
 
@@ -174,6 +174,7 @@ class Trainer:
                 losses, num_right = self._forward(batch, with_accuracy=True)
                 total, right, count = total + float(losses), right + int(num_right), count + batch.num_scored
         self.model.train()
+        divide_again(self.model)
         total, all_right, scored = self._summed(total, right, count)
         if not scored:
             return Evaluation(math.nan, math.nan, 0)

@@ -30,3 +30,12 @@ def padded(batch: Batch, num_tokens: int) -> Batch:
         max(metadata.max_seqlen_q, missing),
         batch.num_scored,
     )
+
+
+def unscored(batch: Batch) -> MicroBatch:
+    """The same tokens, none of which counts."""
+    metadata = batch.metadata()
+    labels = torch.full_like(batch.labels, UNSCORED)
+    return MicroBatch(
+        batch.input_ids, labels, batch.positions, metadata.cu_seqlens_q, metadata.max_seqlen_q, num_scored=0
+    )

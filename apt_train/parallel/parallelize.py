@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -61,15 +62,20 @@ def compile_layers(model: ModelWithLoss) -> None:
 
 def share_data(model: ModelWithLoss, dims: ParallelDims, mesh: DeviceMesh, settings: ParallelSettings) -> nn.Module:
     """Average gradients over processes that read different data."""
-    if dims.data == dims.world_size and dims.fully_sharded == 1:
+    if dims.replicated == dims.world_size:
         return DistributedDataParallel(model, process_group=mesh.get_group("replicated"))
+    if dims.tensor > 1:
+        # Sums over tensor groups are views of DTensors; nothing writes into them.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     # DDP knows neither DTensors nor stages: copies of them are shards of one piece each, summed by the same means.
     is_flat = dims.replicated == 1
     data_mesh = mesh["fully_sharded"] if is_flat else mesh["replicated", "fully_sharded"]
-    stages = model.stages if isinstance(model, Pipeline) else (model,)
-    for stage in stages:
-        layers = model.model.model.layers if stage is model else stage.layers
-        shard_fully(stage, layers, data_mesh, keeps_weights=settings.zero_stage < 3 or dims.pipeline > 1)
+    keeps_weights = settings.zero_stage < 3 or dims.pipeline > 1
+    if isinstance(model, Pipeline):
+        for stage in model.stages:
+            shard_fully(stage, stage.layers, data_mesh, keeps_weights=keeps_weights)
+    else:
+        shard_fully(model, model.model.model.layers, data_mesh, keeps_weights=keeps_weights)
     model.keeps_whole_gradients = settings.zero_stage == 1
     return model
 
@@ -82,7 +88,8 @@ def shard_fully(root: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, *, kee
     """
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=not keeps_weights)
-    fully_shard(root, mesh=mesh, reshard_after_forward=not keeps_weights)
+    # The root's weights are the first and the last that a pass needs.
+    fully_shard(root, mesh=mesh, reshard_after_forward=False)
 
 
 def set_gradient_sync(model: nn.Module, is_last: bool) -> None:
@@ -91,6 +98,19 @@ def set_gradient_sync(model: nn.Module, is_last: bool) -> None:
         model.require_backward_grad_sync = is_last
     elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last or not plain(model).keeps_whole_gradients)
+
+
+def divide_again(model: nn.Module) -> None:
+    """After a pass without gradients, which leaves weights whole that a backward pass would have divided.
+
+    Until then the model's parameters are not those that optimizers and checkpoints know.
+    """
+    inner = plain(model)
+    roots: Sequence[nn.Module] = inner.stages if isinstance(inner, Pipeline) else (inner,)
+    for root in roots:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def model_gradient_norm(model: nn.Module) -> torch.Tensor:

@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from apt_core.models.decoder import DecoderForCausalLM
 from apt_train.loss import Batch, ModelWithLoss
-from apt_train.parallel.padding import padded
+from apt_train.parallel.padding import padded, unscored
 from apt_train.parallel.stage import StackedBatches, Stage
+from apt_train.parallel.tensor import complete_gradients
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
@@ -50,6 +51,7 @@ class Pipeline(ModelWithLoss):
         self.head_loss = whole.head_loss
         self.group = group
         self._schedule_class = get_schedule_class(schedule)
+        self._is_in_rounds = schedule.startswith("Interleaved")
         self._multiple = multiple
         size, rank = group.size(), group.rank()
         self._owners = [_owner(index, size, is_v=schedule == "ZBVZeroBubble") for index in range(num_stages)]
@@ -68,7 +70,7 @@ class Pipeline(ModelWithLoss):
         Returns:
             What `ModelWithLoss.forward` does, summed over all micro-batches; the same on all processes of the pipeline.
         """
-        stacked = self._stacked(batches)
+        stacked = self._stacked(self._filled_up(batches))
         found: list[torch.Tensor] = []
 
         def loss(output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -88,6 +90,7 @@ class Pipeline(ModelWithLoss):
             autocast=autocast,
             with_accuracy=with_accuracy,
         )
+        complete_gradients(self)
         self._sum_tied_gradients()
         sums = torch.stack(found).double().sum(0) if found else stacked.labels.new_zeros(2, dtype=torch.float64)
         return self._of_last(sums)
@@ -125,6 +128,13 @@ class Pipeline(ModelWithLoss):
         longest = max(len(batch.input_ids) for batch in batches)
         num_tokens = -(-longest // self._multiple) * self._multiple
         return StackedBatches.of([padded(batch, num_tokens) for batch in batches])
+
+    def _filled_up(self, batches: Sequence[Batch]) -> list[Batch]:
+        """With micro-batches that do not count, where the data has ended before a round of the schedule has."""
+        size = self.group.size()
+        least = max(len(batches), len(self._owners))
+        missing = -(-least // size) * size - len(batches) if self._is_in_rounds else 0
+        return [*batches, *[unscored(batches[0])] * missing]
 
     def _hidden(self, stacked: StackedBatches) -> torch.Tensor:
         """Room for what travels, [T/multiple, C]."""
@@ -166,7 +176,9 @@ class Pipeline(ModelWithLoss):
     def _tied_weight(self) -> nn.Parameter | None:
         """The embedding that is the head as well, where this process has either."""
         has_either = any(stage.index == 0 or stage.is_last for stage in self.stages)
-        return self.model.model.embed_tokens.weight if has_either and self.model.config.tie_word_embeddings else None
+        if not has_either or not self.model.config.tie_word_embeddings:
+            return None
+        return self.model.model.embed_tokens.get_parameter("weight")
 
     def _sum_tied_gradients(self) -> None:
         """A tied embedding's gradient is that of the first stage plus that of the last."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from apt_core.layers.linear import Embedding
 from apt_core.layers.norm import RMSNorm
 from apt_core.models.decoder import MLP, Attention
 from apt_core.models.sharding import DECODER_PLAN, Split
@@ -42,6 +44,8 @@ def divide_tensors(model: ModelWithLoss, mesh: DeviceMesh) -> None:
             parallelize_module(module, mesh, style, src_data_rank=None)
         if isinstance(module, RMSNorm):
             model.model.set_submodule(name, NormOfPart(module, mesh))
+        if isinstance(module, Embedding):
+            model.model.set_submodule(name, VocabularyPart(module, mesh))
         if isinstance(module, Attention):
             module.num_heads //= mesh.size()
             module.num_kv_heads //= mesh.size()
@@ -68,9 +72,7 @@ def _style(name: str, module: nn.Module) -> ParallelStyle | None:
         return ColwiseParallel()
     if sharded.split is Split.INPUTS:
         return _SumAndScatter(output_layouts=Shard(0))
-    if isinstance(module, nn.Embedding):
-        return _SumAndScatter(input_layouts=Replicate(), output_layouts=Shard(0))
-    return ColwiseParallel()
+    return None if isinstance(module, nn.Embedding) else ColwiseParallel()
 
 
 def _unplanned_style(module: nn.Module) -> ParallelStyle | None:
@@ -89,6 +91,27 @@ class _SumAndScatter(RowwiseParallel):
         output_layouts: tuple[Placement, ...], use_local_output: bool, mod: Any, outputs: DTensor, device_mesh: Any
     ) -> torch.Tensor:
         return outputs.redistribute(placements=output_layouts).to_local()
+
+
+class VocabularyPart(nn.Module):
+    """An embedding of whose rows each process has some, as a DTensor; so it has no more of their gradient either."""
+
+    def __init__(self, embedding: nn.Embedding, mesh: DeviceMesh) -> None:
+        super().__init__()
+        whole = embedding.weight
+        weight = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
+        self.weight = nn.Parameter(weight, requires_grad=whole.requires_grad)
+        self._mesh = mesh
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] -> this process's tokens [T/n, C]: one process knows a token's row, and all others add zeros."""
+        assert isinstance(self.weight, DTensor)
+        part = self.weight.to_local()
+        rows = input_ids - self._mesh.get_local_rank() * len(part)
+        is_here = (rows >= 0) & (rows < len(part))
+        found = F.embedding(rows.where(is_here, 0), part).masked_fill(~is_here.unsqueeze(1), 0)
+        summed = DTensor.from_local(found, self._mesh, [Partial()], run_check=False)
+        return summed.redistribute(placements=[Shard(0)]).to_local()
 
 
 class NormOfPart(RMSNorm):

@@ -37,7 +37,7 @@ class VocabularyLoss:
         # Every process adds what its part of the vocabulary says of a token.
         whole = gathered.to_local(grad_placements=[Partial()])
         first = self._mesh.get_local_rank() * len(part)
-        losses, right = _Loss.apply(
+        losses, right = _Loss.apply(  # type: ignore[no-untyped-call]
             whole, part, labels - first, labels != UNSCORED, self._mesh.get_group(), torch.is_grad_enabled()
         )
         return losses, right if with_accuracy else torch.zeros_like(right)

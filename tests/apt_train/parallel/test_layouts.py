@@ -22,8 +22,8 @@ from apt_train.parallel.parallelize import parallelize, plain
 from tests.apt_train.corpus import TextBatch, text_batch
 from tests.apt_train.test_loop import CONFIG, new_model
 
-STEPS = 3
-MICRO_BATCHES = 8
+STEPS = (8, 4)
+"""Micro-batches of each step, over all processes: at the end of the data there are fewer."""
 TIED = replace(CONFIG, num_layers=4)
 UNTIED = replace(TIED, architecture="Qwen3ForCausalLM", tie_word_embeddings=False, qk_norm=True)
 
@@ -92,11 +92,14 @@ def trained(rank: int, layout: Layout, world_size: int) -> dict[str, Any]:
         data_group=data_group(mesh),
         monitor=GradientMonitor() if layout.has_monitor else None,
     )
-    share = MICRO_BATCHES // dims.data
-    own = range(share * dims.data_rank(rank), share * (dims.data_rank(rank) + 1))
-    of_steps = [[micro_batch(MICRO_BATCHES * step + j) for j in own] for step in range(STEPS)]
-    steps = [trainer.step(step, batches, with_accuracy=True) for step, batches in enumerate(of_steps)]
-    evaluation = trainer.evaluate([micro_batch(1000 + j) for j in own])
+
+    def own(first: int, count: int) -> list[TextBatch]:
+        share = count // dims.data
+        start = first + share * dims.data_rank(rank)
+        return [micro_batch(index) for index in range(start, start + share)]
+
+    steps = [trainer.step(i, own(10 * i, count), with_accuracy=True) for i, count in enumerate(STEPS)]
+    evaluation = trainer.evaluate(own(1000, 4))
     moments = [t for optimizer in optimizers for state in optimizer.state.values() for t in state.values() if t.dim()]
     embedding = dict(plain(model).named_parameters()).get("model.model.embed_tokens.weight")
     return {
