@@ -73,8 +73,9 @@ class AsyncEngine:
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """Everything there is."""
-        return frozenset(Capability)
+        """Everything there is, save that several ranks keep their weights."""
+        missing = {Capability.WEIGHT_SWAP} if self._config.tensor_parallel_size > 1 else set()
+        return frozenset(Capability) - missing
 
     async def start(self) -> None:
         """See EngineClient; raises what loading raises."""

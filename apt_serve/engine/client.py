@@ -22,6 +22,7 @@ class Capability(StrEnum):
     LOGPROBS = "logprobs"
     PROMPT_LOGPROBS = "prompt_logprobs"
     PRIORITY = "priority"
+    WEIGHT_SWAP = "weight_swap"
 
 
 class EngineOverloadedError(AptError):

@@ -7,9 +7,10 @@ import codecs
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apt_core.errors import InvalidRequestError
+from apt_core.manifest import version_of
 from apt_serve.engine.client import (
     Capability,
     EngineOverloadedError,
@@ -22,6 +23,7 @@ from apt_serve.engine.client import (
     ModelInfo,
     TokenLogprobs,
 )
+from apt_serve.engine.handover import SwapError, SwapOrder, SwapPhase, SwapReport, SwapRunningError
 from apt_serve.engine.mailbox import Mailbox
 from apt_serve.engine.metrics import FinishRecord, MetricsSink, StepRecord
 from apt_serve.engine.sampling_params import SamplingParams
@@ -43,6 +45,8 @@ class Script:
     is_stopped: bool = False
     is_stalled: bool = False
     is_alive: bool = True
+    swap_s: float = 0.0
+    swap_error: str | None = None
     breaks_at_once: bool = False
     """An error nobody foresaw, before the first token."""
 
@@ -61,6 +65,7 @@ class ScriptedEngine:
     """Requests whose reader left before they finished."""
     num_tokens_made: int = 0
     stopped_with_grace_s: float | None = None
+    swap: SwapReport | None = None
 
     def __post_init__(self) -> None:
         tokenizer = ByteTokenizer()
@@ -119,6 +124,19 @@ class ScriptedEngine:
             producer.cancel()
             with suppress(asyncio.CancelledError):
                 await producer
+
+    async def swap_weights(self, order: SwapOrder) -> SwapReport:
+        if self.swap is not None and not self.swap.is_over:
+            raise SwapRunningError("another swap has not ended")
+        self.swap = SwapReport(order, self.model.weight_version, SwapPhase.LOADING)
+        await asyncio.sleep(self.script.swap_s)
+        if self.script.swap_error is not None:
+            self.swap = replace(self.swap, phase=SwapPhase.FAILED, error=self.script.swap_error)
+            raise SwapError(self.script.swap_error)
+        version = version_of(order.path)
+        self.swap = replace(self.swap, phase=SwapPhase.DONE, to_version=version)
+        self.model = replace(self.model, weight_version=version)
+        return self.swap
 
     def stats(self) -> EngineStats:
         return EngineStats(
