@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from apt_core.config import add_flags, overrides_from
+from apt_core.config import add_flags, apply_overrides, overrides_from, parse
 from apt_core.errors import AptError, ConfigError
 from apt_train.config import RunConfig, read_config
+from apt_train.publish import PublishSettings, publish
 from apt_train.train import Progress, train
 
 USAGE_ERROR = 2
@@ -22,9 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser("run", help="train as a TOML file says", allow_abbrev=False)
     run.add_argument("config", metavar="CONFIG", help="such as configs/debug.toml; flags go before it")
     add_flags(run, RunConfig)
+    run.set_defaults(command=_run)
+    published = commands.add_parser("publish", help="hand weights over to a running server", allow_abbrev=False)
+    add_flags(published, PublishSettings)
+    published.set_defaults(command=_publish)
     options = parser.parse_args(argv)
     try:
-        train(read_config(options.config, overrides_from(options, RunConfig)), _print)
+        options.command(options)
     except ConfigError as error:
         print(f"apt-train: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -34,6 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    train(read_config(options.config, overrides_from(options, RunConfig)), _print)
+
+
+def _publish(options: argparse.Namespace) -> None:
+    given = apply_overrides(PublishSettings, {}, overrides_from(options, PublishSettings))
+    publish(parse(PublishSettings, given), partial(print, flush=True))
 
 
 def _print(progress: Progress) -> None:

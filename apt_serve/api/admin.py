@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from apt_core.manifest import MANIFEST
 from apt_serve.api.current_weights import is_allowed
 from apt_serve.api.errors import ApiError
+from apt_serve.api.handover import Refusal
 from apt_serve.api.json_route import JsonRoute
 from apt_serve.api.openapi import errors
 from apt_serve.api.schemas.admin import WeightsRequest, WeightsResponse
@@ -57,6 +58,11 @@ def _behind_token(handle: Handler) -> Handler:
     return check
 
 
+_REFUSALS = {
+    Refusal.RUNNING: "Another swap has not ended.",
+    Refusal.UNSUPPORTED: "This engine cannot change its weights while it runs; replace the replica.",
+}
+
 router = APIRouter(tags=["Operations"])
 reading = APIRouter(route_class=AdminRoute)
 writing = APIRouter(route_class=AdminJsonRoute)
@@ -81,7 +87,7 @@ async def swap_weights(body: WeightsRequest, state: State) -> Response:
     replicas = await state.fleet.begin(order)
     for replica in replicas:
         if replica.refusal is not None:
-            raise ApiError(409, replica.refusal, code="swap_refused")
+            raise ApiError(409, _REFUSALS[replica.refusal], code=replica.refusal.value)
     answer = WeightsResponse.of(replicas).response()
     answer.status_code = 202
     return answer

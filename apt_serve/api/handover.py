@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Protocol
 
 from apt_core.errors import AptError
@@ -17,6 +18,13 @@ from apt_serve.engine.handover import SwapOrder, SwapReport
 log = logging.getLogger(__name__)
 
 
+class Refusal(StrEnum):
+    """An order that a replica does not take, by its code on the wire."""
+
+    RUNNING = "swap_running"
+    UNSUPPORTED = "swap_unsupported"
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaWeights:
     """What one replica says of its weights."""
@@ -25,7 +33,7 @@ class ReplicaWeights:
     """That new requests start on."""
     swap: SwapReport | None
     """The latest; None if there was none."""
-    refusal: str | None = None
+    refusal: Refusal | None = None
     """Why an order was not taken."""
 
 
@@ -60,11 +68,9 @@ class Handover:
         """Begin a swap, if none runs and the engine can."""
         here = self.weights_here()
         if Capability.WEIGHT_SWAP not in self._engine.capabilities:
-            return ReplicaWeights(
-                here.weight_version, here.swap, "This engine cannot change its weights while it runs."
-            )
+            return replace(here, refusal=Refusal.UNSUPPORTED)
         if self._task is not None and not self._task.done():
-            return ReplicaWeights(here.weight_version, here.swap, "Another swap has not ended.")
+            return replace(here, refusal=Refusal.RUNNING)
         self._task = asyncio.create_task(self._swap(order))
         await asyncio.sleep(0)  # it begins
         return self.weights_here()

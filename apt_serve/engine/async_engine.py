@@ -30,6 +30,7 @@ from apt_serve.engine.mailbox import Mailbox
 from apt_serve.engine.metrics import MetricsSink
 from apt_serve.engine.sequence import Sequence
 from apt_serve.engine.weight_swap import WeightSwap
+from apt_serve.engine.weight_versions import WeightVersions
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,7 @@ class AsyncEngine:
         self._progress_at = time.monotonic()
         self._calls: set[asyncio.Future[Any]] = set()
         """Commands whose results are waited for."""
-        self._weight_versions: set[str] = set()
-        """Versions that requests may start on."""
-        self._held_version: str | None = None
-        """Of these, one that has to wait."""
-        self._released = asyncio.Event()
+        self._weights = WeightVersions()
         self._swap = WeightSwap(self)
 
     @property
@@ -83,7 +80,7 @@ class AsyncEngine:
         self._started = self._loop.create_future()
         self._thread.start()
         await self._started
-        self._weight_versions = {self.model.weight_version}
+        self._weights.start_on(self.model.weight_version)
         gc.collect()
         gc.freeze()  # the model and its modules are here to stay: keep them out of every later collection
 
@@ -108,8 +105,8 @@ class AsyncEngine:
         engine = self._require_engine()
         engine.check(request)
         self._admission.admit(request.sampling.n, engine.model.max_num_choices)
-        weight_version = self._weights_for(request)
-        if weight_version == self._held_version:
+        weight_version = self._weights.choose(request.weight_version)
+        if self._weights.has_to_wait(weight_version):
             await self._hold(request)
         mailbox = Mailbox(request.sampling.n, weight_version)
         sequences = engine.sequences_of(replace(request, weight_version=weight_version))
@@ -168,45 +165,37 @@ class AsyncEngine:
         return await result
 
     def start_on(self, weight_version: str, *, is_held: bool) -> None:
-        """Give new requests these weights; with ``is_held`` they wait until ``release``."""
+        """See SwapHost."""
         engine = self._require_engine()
         engine.model = replace(engine.model, weight_version=weight_version)
-        self._weight_versions.add(weight_version)
-        if is_held:
-            self._released.clear()
-            self._held_version = weight_version
+        self._weights.start_on(weight_version, is_held=is_held)
 
     def release(self) -> None:
-        """Let requests start that were held."""
-        self._held_version = None
-        self._released.set()
+        """See SwapHost."""
+        self._weights.release()
+
+    def forget(self, weight_version: str) -> None:
+        """See SwapHost."""
+        self._weights.forget(weight_version)
 
     async def wait_for_last(self, weight_version: str) -> None:
-        """Return when no sequence runs on these weights."""
+        """See SwapHost."""
         await self._admission.wait_until(
             lambda: all(mailbox.weight_version != weight_version for mailbox in self._mailboxes.values())
         )
 
     def end_all(self, weight_version: str, error: Exception) -> int:
-        """End the sequences on these weights; returns how many there were."""
+        """See SwapHost."""
         ended = [seq_id for seq_id, mailbox in self._mailboxes.items() if mailbox.weight_version == weight_version]
         for seq_id in ended:
             self._abort(seq_id)
             self._fail_one(seq_id, error)
         return len(ended)
 
-    def forget(self, weight_version: str) -> None:
-        """Nothing may start on these weights any more."""
-        self._weight_versions.remove(weight_version)
-
-    def _weights_for(self, request: GenerationRequest) -> str:
-        wanted = request.weight_version
-        return wanted if wanted in self._weight_versions else self.model.weight_version
-
     async def _hold(self, request: GenerationRequest) -> None:
         """Wait until the old weights are out of use. The request has been admitted and counts meanwhile."""
         try:
-            await self._released.wait()
+            await self._weights.released()
             self._admission.refuse_if_closed()
         except BaseException:
             self._admission.finish(request.sampling.n)
@@ -251,7 +240,7 @@ class AsyncEngine:
             mailbox.fail(error)
         self._admission.finish(len(self._mailboxes))
         self._mailboxes.clear()
-        self.release()
+        self._weights.release()
         for call in list(self._calls):
             if not call.done():
                 call.set_exception(EngineStoppedError(str(error)))
@@ -298,9 +287,9 @@ class AsyncEngine:
         try:
             value = command(engine)
         except Exception as error:
-            self._on_loop(lambda error=error: result.done() or result.set_exception(error))
+            self._on_loop(_settle, result, None, error)
         else:
-            self._on_loop(lambda: result.done() or result.set_result(value))
+            self._on_loop(_settle, result, value, None)
 
     def _add(self, engine: Engine, seq: Sequence) -> None:
         try:
@@ -325,3 +314,13 @@ class AsyncEngine:
         assert self._loop is not None
         with suppress(RuntimeError):  # the loop has closed: nobody is left to tell
             self._loop.call_soon_threadsafe(function, *args)
+
+
+def _settle(result: asyncio.Future[T], value: T, error: Exception | None) -> None:
+    """Give a call its end, unless nobody waits for it any more."""
+    if result.done():
+        return
+    if error is None:
+        result.set_result(value)
+    else:
+        result.set_exception(error)

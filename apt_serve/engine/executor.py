@@ -55,7 +55,7 @@ class Executor(Protocol[Handle]):
         """
 
     def drop_weights(self, weight_version: str) -> None:
-        """Free weights on which no step runs any more."""
+        """Free weights on which no step runs any more, if there are such."""
 
     @property
     def is_alive(self) -> bool:

@@ -100,7 +100,7 @@ class ModelRunner:
         """See Executor."""
         if self._batch.device.type == "cuda":
             torch.cuda.synchronize(self._batch.device)  # a graph must not go while it is being replayed
-        del self._forwards[weight_version]
+        self._forwards.pop(weight_version, None)
         if weight_version == self._weight_version:
             self._weight_version, self._forward = next(iter(self._forwards.items()))
         if self._batch.device.type == "cuda":

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -80,13 +81,13 @@ class WeightSwap:
     async def _take_in(self, new: NewWeights) -> None:
         """Between steps, one part at a time."""
         self._note(phase=SwapPhase.PREPARING)
-        await self._host.call(lambda engine: engine.add_weights(new.version, new.model))
         try:
+            await self._host.call(lambda engine: engine.add_weights(new.version, new.model))
             while await self._host.call(lambda engine: engine.prepare_weights(new.version)):
                 pass
         except Exception as error:
             await self._host.call(lambda engine: engine.drop_weights(new.version))
-            raise SwapError(f"the engine cannot run the new weights ({error})") from error
+            raise SwapError(f"the engine cannot run the new weights ({type(error).__name__}: {error})") from error
 
     async def _change_over(self, new: NewWeights, order: SwapOrder, old: str) -> None:
         """From here on nothing can fail: what has not ended in time is ended."""
@@ -104,12 +105,13 @@ class WeightSwap:
         await self._host.call(lambda engine: _retire(engine, old, new))
 
     def _on_phase(self, phase: SwapPhase, to_version: str) -> None:
-        self._note(phase=phase, to_version=to_version)
+        if self.report is not None and not self.report.is_over:
+            self._note(phase=phase, to_version=to_version)
 
     def _note(self, **changes: object) -> SwapReport:
         assert self.report is not None
         self.report = replace(self.report, seconds=time.monotonic() - self._began, **changes)  # type: ignore[arg-type]
-        log.info("weight swap: %s", self.report)
+        log.info("weights %s -> %s: %s", self.report.from_version, self.report.to_version, self.report.phase.value)
         return self.report
 
 
@@ -134,16 +136,20 @@ def _on_thread_of_its_own(
             done.set_exception(error)
 
     def report(phase: SwapPhase, version: str) -> None:
-        loop.call_soon_threadsafe(lambda: done.done() or on_phase(phase, version))
+        later(on_phase, phase, version)
+
+    def later(function: Callable[..., None], *args: object) -> None:
+        with suppress(RuntimeError):  # the loop has closed: nobody is left to tell
+            loop.call_soon_threadsafe(function, *args)
 
     def run() -> None:
         try:
             with in_background():
                 result = work(report)
         except Exception as error:
-            loop.call_soon_threadsafe(finish, None, error)
+            later(finish, None, SwapError(str(error)))  # its own traceback would keep what was loaded so far
         else:
-            loop.call_soon_threadsafe(finish, result, None)
+            later(finish, result, None)
 
     threading.Thread(target=run, name="apt-new-weights", daemon=True).start()
     return done

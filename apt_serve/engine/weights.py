@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -83,12 +83,13 @@ def load_weights(
 
 def num_weight_bytes(model: DecoderForCausalLM) -> int:
     """Memory that a model's weights take, packed ones included."""
-    tensors = list(model.parameters())
+    tensors: list[torch.Tensor] = list(model.parameters())
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            values = (getattr(module.weight, field.name) for field in fields(module.weight))
+            weight: Any = module.weight
+            values = [getattr(weight, field.name) for field in fields(weight)]
             tensors += [value for value in values if isinstance(value, torch.Tensor)]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
