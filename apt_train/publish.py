@@ -166,6 +166,8 @@ class _Publication:
     ) -> None:
         self._settings, self._admin, self._report = settings, admin, report
         self._path = settings.path_on_server or str(folder)
+        self._paths = {self._path}
+        """With what the server makes of it, where it follows links."""
         self._version = manifest.version
         self._said: str | None = None
 
@@ -178,7 +180,8 @@ class _Publication:
         body = {"path": self._path, "swap": self._settings.swap, "timeout_s": self._settings.swap_timeout_s}
         deadline = time.monotonic() + self._settings.timeout_s
         replicas = self._admin.call(body)["replicas"]
-        while not all(self._serves(replica) for replica in replicas):
+        self._paths |= {replica["swap"]["path"] for replica in replicas if replica["swap"]}
+        while not all([self._serves(replica) for replica in replicas]):  # of each, as any may have failed
             self._say(replicas)
             if time.monotonic() > deadline:
                 raise PublishError(f"no outcome after {self._settings.timeout_s:g} s: {_summary(replicas)}")
@@ -189,7 +192,7 @@ class _Publication:
     def _serves(self, replica: dict[str, Any]) -> bool:
         """Whether a replica has done with the swap; PublishError if it has failed."""
         swap = replica["swap"]
-        if swap is not None and swap["path"] == self._path and swap["phase"] == "failed":
+        if swap is not None and swap["path"] in self._paths and swap["phase"] == "failed":
             serves = replica["weight_version"]
             raise PublishError(f"version {self._version} was refused, {serves} goes on serving: {swap['error']}")
         is_over = swap is None or swap["phase"] in ("done", "failed")

@@ -42,7 +42,7 @@ class AdminJsonRoute(JsonRoute):
 
 def _behind_token(handle: Handler) -> Handler:
     async def check(request: Request) -> Response:
-        token = state_of(request).config.admin.bearer_token
+        token = state_of(request).admin_token
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         is_known = token is not None and secrets.compare_digest(given.strip().encode(), token.encode())
         if scheme.lower() != "bearer" or not is_known:

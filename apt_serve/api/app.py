@@ -67,7 +67,8 @@ def create_app(
     Raises:
         ConfigError: the admin token in the environment is too short.
     """
-    state = ApiState(config, engine, prometheus, fleet or Handover(config, engine, prometheus))
+    admin_token = config.admin.bearer_token
+    state = ApiState(config, engine, prometheus, fleet or Handover(config, engine, prometheus), admin_token)
     prometheus.watch(engine)
     app = FastAPIOffline(  # /docs works without a network
         redoc_url=None,
@@ -85,7 +86,7 @@ def create_app(
     app.state.api = state
     for module in _ROUTERS:
         app.include_router(module.router)
-    if config.admin.bearer_token is not None:
+    if admin_token is not None:
         app.include_router(admin.router)
     return app
 

@@ -35,6 +35,8 @@ class ApiState:
     metrics: PrometheusMetrics
     fleet: Fleet
     """For new weights."""
+    admin_token: str | None = None
+    """Of who may load them; None: nobody may."""
     phase: Phase = Phase.STARTING
 
     async def start(self) -> None:

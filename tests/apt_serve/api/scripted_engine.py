@@ -158,7 +158,7 @@ class ScriptedEngine:
     async def _play(self, request: GenerationRequest, mailbox: Mailbox) -> None:
         began = time.monotonic()
         await asyncio.sleep(self.script.first_delay_s)
-        choices = [_Choice(request, index, self.model.max_model_len) for index in range(request.sampling.n)]
+        choices = [_Choice(request, index, self.model) for index in range(request.sampling.n)]
         running = list(choices)
         self.metrics.step(_step(num_prompt=len(request.prompt_token_ids), num_first=len(choices)))
         while running:
@@ -185,11 +185,12 @@ class ScriptedEngine:
 class _Choice:
     """One text as it grows by a byte a step."""
 
-    def __init__(self, request: GenerationRequest, index: int, max_model_len: int) -> None:
+    def __init__(self, request: GenerationRequest, index: int, model: ModelInfo) -> None:
+        self._weight_version = model.weight_version
         self._request = request
         self._index = index
         sampling = request.sampling
-        room = max_model_len - len(request.prompt_token_ids)
+        room = model.max_model_len - len(request.prompt_token_ids)
         self._limit = room if sampling.max_tokens is None else sampling.max_tokens
         self._data = TEXT.encode()
         self._offset = 0 if sampling.is_greedy else 5 * ((sampling.seed or 0) + index)
@@ -224,6 +225,7 @@ class _Choice:
             stop_reason=stop_reason,
             num_cached_tokens=len(prompt) // 2,
             prompt_logprobs=self._prompt_logprobs() if first and self._index == 0 else None,
+            weight_version=self._weight_version,
         )
 
     def _find_stop(self, sampling: SamplingParams, text: str) -> str | int | None:
