@@ -29,8 +29,8 @@ from apt_serve.engine.weights import WeightForm, load_weights
 
 log = logging.getLogger(__name__)
 
-NICENESS = 5
-"""Of the loading thread. Streams come first, but if it came last it would hold Python's lock without a processor."""
+NICENESS = 10
+"""Of the loading thread, beyond the server's. Streams come first, but if it came last it would hold Python's lock without a processor."""
 SWITCH_INTERVAL_S = 0.0005
 """While weights load, threads that run Python take turns this often: Python's 5 ms would be added to many steps."""
 PROBE_TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -83,7 +83,8 @@ def load_new_weights(path: Path, served: ServedWeights, info: ModelInfo, report:
 @contextmanager
 def in_background() -> Iterator[None]:
     """Let the current thread's work disturb others little; for a thread that has nothing else to do."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
     torch.set_num_threads(1)  # of torch's own ops on this thread
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
