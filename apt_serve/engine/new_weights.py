@@ -30,7 +30,8 @@ from apt_serve.engine.weights import WeightForm, load_weights
 log = logging.getLogger(__name__)
 
 NICENESS = 10
-"""Of the loading thread, beyond the server's. Streams come first, but if it came last it would hold Python's lock without a processor."""
+"""Of the loading thread, beyond the server's own. Streams come first, but without a processor now and then it would
+hold Python's lock for long."""
 SWITCH_INTERVAL_S = 0.0005
 """While weights load, threads that run Python take turns this often: Python's 5 ms would be added to many steps."""
 PROBE_TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01, torch.bfloat16: 0.15, torch.float16: 0.05}
