@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from apt_core.config import add_flags, overrides_from
 from apt_core.errors import AptError, ConfigError
 from apt_train.config import RunConfig, read_config
+from apt_train.quantize import command as quantize
 from apt_train.train import Progress, train
 
 USAGE_ERROR = 2
@@ -17,14 +18,18 @@ USAGE_ERROR = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run apt-train and return its exit code: 0, 1 for a failure, 2 for settings that cannot work."""
-    parser = argparse.ArgumentParser(prog="apt-train", description="Train a language model.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="apt-train", description="Train and quantize models.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="train as a TOML file says", allow_abbrev=False)
     run.add_argument("config", metavar="CONFIG", help="such as configs/debug.toml; flags go before it")
     add_flags(run, RunConfig)
+    run.set_defaults(command=_train)
+    quantizer = commands.add_parser("quantize", help="write a checkpoint in fewer bits", allow_abbrev=False)
+    quantize.add_arguments(quantizer)
+    quantizer.set_defaults(command=quantize.run)
     options = parser.parse_args(argv)
     try:
-        train(read_config(options.config, overrides_from(options, RunConfig)), _print)
+        options.command(options)
     except ConfigError as error:
         print(f"apt-train: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -34,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    train(read_config(options.config, overrides_from(options, RunConfig)), _print)
 
 
 def _print(progress: Progress) -> None:
