@@ -1,7 +1,7 @@
 """A program for tests: greedy tokens of vLLM on folders, one after the other, without anything of APT.
 
-Its arguments are JSON, {"folders": dtypes by folder, "prompts": token ids, "max_tokens"}, and the file for its answer, a list of tokens a
-prompt by folder.
+Its arguments are JSON, {"folders": dtypes by folder, "prompts": token ids, "max_tokens"}, and the file for its answer: by
+folder, a list of tokens for each prompt.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ def generate(folder: str, dtype: str, prompts: list[list[int]], max_tokens: int)
 
 def main() -> None:
     task = json.loads(sys.argv[1])
-    answers = {
-        folder: generate(folder, dtype, task["prompts"], task["max_tokens"])
-        for folder, dtype in task["folders"].items()
-    }
+    prompts, max_tokens = task["prompts"], task["max_tokens"]
+    answers = {folder: generate(folder, dtype, prompts, max_tokens) for folder, dtype in task["folders"].items()}
     Path(sys.argv[2]).write_text(json.dumps(answers))
 
 
