@@ -1,7 +1,7 @@
 """A program for tests: greedy tokens of vLLM on folders, one after the other, without anything of APT.
 
-Its arguments are JSON, {"folders": dtypes by folder, "prompts": token ids, "max_tokens"}, and the file for its answer: by
-folder, a list of tokens for each prompt.
+Its arguments are JSON, {"folders": dtypes by folder, "prompts": token ids, "max_tokens"}, and the file for its answer:
+by folder, a list of tokens for each prompt.
 """
 
 from __future__ import annotations
