@@ -20,8 +20,8 @@ DTYPES = {"w8a8-dynamic": "float32", "w8a8-static": "float32", "w4a16": "bfloat1
 SHAPE = {"hidden_size": 256, "intermediate_size": 512}
 PROMPTS = [list(range(5, 30)), [7, 300, 20], [40, 41], [399, 2, 150, 88]]
 MAX_TOKENS = 12
-NEAR_TIE = {"float32": 0.02, "bfloat16": 0.1}
-"""Of two logits, over the logits' deviation: an input half-way between two codes may be rounded to either."""
+NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.1}
+"""Of two logits, over the logits' deviation."""
 NUM_SAME = {"float32": 0.95, "bfloat16": 0.8}
 """Least share of tokens that are the likeliest in the simulation as well."""
 
@@ -66,6 +66,8 @@ def answers(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 def test_tokens_are_those_of_the_simulation(
     scheme: str, folders: dict[str, Path], answers: dict[str, list[list[int]]]
 ) -> None:
+    if scheme == "w8a8-static" and torch.cpu._is_amx_tile_supported():
+        pytest.skip("vLLM's product for AMX makes scales of its own, whatever the checkpoint says")
     model = loaded(open_output(folders[scheme]))
     num_same = 0
     for prompt, tokens in zip(PROMPTS, answers[scheme], strict=True):
