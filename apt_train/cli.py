@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from apt_core.config import add_flags, apply_overrides, overrides_from, parse
 from apt_core.errors import AptError, ConfigError
-from apt_train.checkpoint.export import ExportDtype, export
 from apt_train.config import RunConfig, read_config
+from apt_train.export import ExportDtype, export
 from apt_train.monitor.progress import BarHandler
 from apt_train.publish import PublishSettings, publish
 from apt_train.quantize import command as quantize

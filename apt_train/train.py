@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import nn
 
 from apt_core.errors import ConfigError
-from apt_train.checkpoint.export import export
 from apt_train.checkpoint.store import CheckpointStore
 from apt_train.config import RunConfig
 from apt_train.data import DataLoader, MicroBatch
@@ -22,6 +21,7 @@ from apt_train.data.divide import divided
 from apt_train.device import open_device
 from apt_train.errors.guard import Guard
 from apt_train.errors.recovery import with_backoff
+from apt_train.export import export
 from apt_train.interruption import Interruption
 from apt_train.journal import Journal, Summary
 from apt_train.loop import EarlyStopping, Evaluation, StepResult, Trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -15,7 +15,7 @@ from apt_core.checkpoint.documents import folder_documents
 from apt_core.checkpoint.folder_writer import check_new, new_folder
 from apt_core.config import parse
 from apt_core.errors import CheckpointError
-from apt_train.checkpoint.hf_config import model_document
+from apt_core.model_config import GenerationConfig, ModelConfig
 from apt_train.checkpoint.manifest import Manifest
 from apt_train.checkpoint.store import SETTINGS, own_faults
 from apt_train.config import RunConfig
@@ -25,6 +25,9 @@ from apt_train.model import ModelSource
 from apt_train.state import ModelState
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
+
+_MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+"""The architectures that `apt_train.model.new_config` makes."""
 
 
 def export(checkpoint: Path, out: Path, *, dtype: ExportDtype = "float32", replaces: bool = False) -> None:
@@ -51,7 +54,7 @@ def export(checkpoint: Path, out: Path, *, dtype: ExportDtype = "float32", repla
     wanted: torch.dtype = getattr(torch, dtype)
     documents = folder_documents(source.checkpoint, wanted)
     if config.model.source is None:
-        own = model_document(source.config, source.checkpoint.generation, dtype)
+        own = _model_document(source.config, source.checkpoint.generation, dtype)
         documents["config.json"] = json.dumps(own, indent=1)
     weights = {name: weight.to(wanted) for name, weight in merged_state(model).items()}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -75,3 +78,27 @@ def _load(model: ModelState, checkpoint: Path) -> None:
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"its model cannot be read: {error}", file=checkpoint) from error
     model.load_state_dict(weights["model"])
+
+
+def _model_document(config: ModelConfig, generation: GenerationConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a new model, which `apt_core.checkpoint.hf_config.parse_model_config` reads back as it was."""
+    return {
+        "architectures": [config.architecture],
+        "model_type": _MODEL_TYPES[config.architecture],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": False,
+        "bos_token_id": generation.bos_token_id,
+        "eos_token_id": list(generation.eos_token_ids),
+        "torch_dtype": dtype,
+    }

@@ -12,9 +12,9 @@ import transformers
 from apt_core.checkpoint import load_into, open_checkpoint
 from apt_core.metadata import AttentionMetadata
 from apt_core.models.decoder import DecoderForCausalLM
-from apt_train.checkpoint.export import export
 from apt_train.cli import USAGE_ERROR, main
 from apt_train.config import ModelSettings
+from apt_train.export import export
 from apt_train.lora import LoraLinear
 from apt_train.model import ModelSource
 from tests.apt_train.runs import write_config
