@@ -12,22 +12,13 @@ from typing import Any
 
 from apt_core.document import Document, read_document
 from apt_core.errors import CheckpointError
+from apt_core.file_sum import FileSum
 
 MANIFEST = "manifest.json"
 UNPUBLISHED = "unpublished"
 """The version of weights without a manifest."""
 _FORMAT = 1
-_CHUNK_BYTES = 1 << 20
 _DIGEST_CHARS = 12
-
-
-@dataclass(frozen=True, slots=True)
-class FileSum:
-    """A file's contents."""
-
-    num_bytes: int
-    sha256: str
-    """In hexadecimal digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +50,7 @@ class Manifest:
     def to_json(self) -> str:
         """The file's text."""
         document: dict[str, Any] = {"format": _FORMAT, "version": self.version, "step": self.step}
-        document["files"] = {
-            name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in sorted(self.files.items())
-        }
+        document["files"] = {name: file.to_json() for name, file in sorted(self.files.items())}
         if self.probe is not None:
             document["probe"] = {"token_ids": self.probe.token_ids, "logprobs": self.probe.logprobs}
         return json.dumps(document, indent=1)
@@ -78,7 +67,7 @@ class Manifest:
         for name in sorted(present - self.files.keys()):
             raise CheckpointError("is in the folder, but not in the manifest", file=folder / name)
         for name, expected in self.files.items():
-            _check_file(folder / name, expected)
+            expected.check(folder / name)
 
 
 def make_manifest(folder: Path, step: int, probe: Probe | None = None) -> Manifest:
@@ -88,7 +77,7 @@ def make_manifest(folder: Path, step: int, probe: Probe | None = None) -> Manife
         CheckpointError: the folder or a file cannot be read.
     """
     try:
-        files = {name: _sum_of(folder / name) for name in _file_names(folder)}
+        files = {name: FileSum.of(folder / name) for name in _file_names(folder)}
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror})", file=error.filename or folder) from None
     return Manifest(step, files, probe)
@@ -145,26 +134,6 @@ def _file_names(folder: Path) -> list[str]:
     """What lies in a folder itself and is no hidden file; subfolders are nothing a checkpoint is read from."""
     names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     return sorted(name for name in names if name != MANIFEST)
-
-
-def _sum_of(path: Path) -> FileSum:
-    digest, num_bytes = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            num_bytes += len(chunk)
-    return FileSum(num_bytes, digest.hexdigest())
-
-
-def _check_file(path: Path, expected: FileSum) -> None:
-    try:
-        there = path.stat().st_size
-        if there != expected.num_bytes:
-            raise CheckpointError(f"has {there} bytes; the manifest says {expected.num_bytes}", file=path)
-        if _sum_of(path).sha256 != expected.sha256:
-            raise CheckpointError("is not what the manifest says: its SHA-256 differs", file=path)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})", file=path) from None
 
 
 def _file_sum(files: Document, name: str) -> FileSum:

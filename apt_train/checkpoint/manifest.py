@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apt_core.errors import CheckpointError
+from apt_core.file_sum import FileSum
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class FileSum:
-    """Size and SHA-256 of a file."""
-
-    num_bytes: int
-    sha256: str
-
-    @classmethod
-    def of(cls, path: Path) -> FileSum:
-        """Read the file.
-
-        Raises:
-            OSError: it cannot be read.
-        """
-        with path.open("rb") as file:
-            return cls(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
@@ -51,7 +33,7 @@ class Manifest:
             "step": self.step,
             "temporary": self.is_temporary,
             "num_ranks": self.num_ranks,
-            "files": {name: {"bytes": each.num_bytes, "sha256": each.sha256} for name, each in self.files.items()},
+            "files": {name: each.to_json() for name, each in self.files.items()},
         }
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump(values, file, indent=1)
@@ -78,23 +60,14 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"is damaged ({error!r})", file=path) from None
 
-    def check(self, folder: Path, names: Iterable[str] | None = None) -> None:
-        """Compare the files, or some of them, with their checksums.
+    def check(self, folder: Path) -> None:
+        """Compare all files with their checksums.
 
         Raises:
             CheckpointError: names the file that is missing or differs.
         """
-        for name in self.files if names is None else names:
-            path, expected = folder / name, self.files[name]
-            try:
-                if path.stat().st_size != expected.num_bytes:
-                    raise CheckpointError(
-                        f"has {path.stat().st_size} bytes where {expected.num_bytes} were written", file=path
-                    )
-                if FileSum.of(path) != expected:
-                    raise CheckpointError("is damaged: its checksum differs from the one written", file=path)
-            except OSError as error:
-                raise CheckpointError(f"cannot be read ({error.strerror})", file=path) from None
+        for name, each in self.files.items():
+            each.check(folder / name)
 
 
 def sync_file(path: Path) -> None:

@@ -30,7 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from apt_core.errors import CheckpointError, ConfigError
-from apt_train.checkpoint.manifest import FileSum, Manifest, sync_file, sync_folder
+from apt_core.file_sum import FileSum
+from apt_train.checkpoint.manifest import Manifest, sync_file, sync_folder
 from apt_train.checkpoint.settings import CheckpointSettings
 from apt_train.state import RunState
 
