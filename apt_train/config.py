@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from apt_core.checkpoint import EMBEDDED_MODEL
 from apt_core.config import apply_overrides, parse
 from apt_core.errors import ConfigError
+from apt_train.checkpoint.settings import CheckpointSettings
 from apt_train.data.config import DataConfig
 from apt_train.errors.recovery import RecoverySettings
 from apt_train.errors.watchdog import WatchdogSettings
@@ -213,6 +214,7 @@ class RunConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     monitor: GradientSettings = field(default_factory=GradientSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     recovery: RecoverySettings = field(default_factory=RecoverySettings)

@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from signal import Signals
 
 import torch
 from torch import nn
@@ -45,6 +46,8 @@ class Summary:
     peak_seconds: float = 0.0
     """That the same work would have taken at the machine's peak."""
     ended_because: str = "all steps are done"
+    interrupted_by: Signals | None = None
+    """What asked it to stop before its end."""
     written: dict[str, Path] = field(default_factory=dict)
     """Where what is."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ class RandomState:
             "torch": torch.get_rng_state(),
             "cuda": cuda,
             "python": random.getstate(),
-            "numpy": np.random.get_state(legacy=True),
+            "numpy": _numpy_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -114,4 +114,11 @@ class RandomState:
             torch.cuda.set_rng_state(state["cuda"])
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words), gauss))
-        np.random.set_state(state["numpy"])
+        name, words, *rest = state["numpy"]
+        np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    """As numpy has it, its words as a tensor: torch reads these back without running code of the file's."""
+    name, words, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    return name, torch.from_numpy(words.astype(np.int64)), *rest

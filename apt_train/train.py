@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +14,15 @@ import torch.distributed as dist
 from torch import nn
 
 from apt_core.errors import ConfigError
+from apt_train.checkpoint.store import CheckpointStore
 from apt_train.config import RunConfig
 from apt_train.data import DataLoader, MicroBatch
 from apt_train.data.divide import divided
 from apt_train.device import open_device
 from apt_train.errors.guard import Guard
+from apt_train.errors.recovery import with_backoff
+from apt_train.export import export
+from apt_train.interruption import Interruption
 from apt_train.journal import Journal, Summary
 from apt_train.loop import EarlyStopping, Evaluation, StepResult, Trainer
 from apt_train.loss import ModelWithLoss
@@ -29,6 +34,9 @@ from apt_train.parallel.parallelize import parallelize
 from apt_train.schedule import learning_rate_factor
 from apt_train.speed import Stopwatch, product_rate
 from apt_train.state import RunState
+
+SAVE_S = 3600.0
+"""A rank that writes a checkpoint is not taken for stuck before."""
 
 
 def train(config: RunConfig) -> Summary:
@@ -62,12 +70,16 @@ def train(config: RunConfig) -> Summary:
             trainer = _trainer(config, model, monitor, device, group, guard)
             stopping = EarlyStopping(config.run.patience, config.run.min_improvement)
             state = RunState(model, trainer.optimizers, trainer.scaler, loader, stopping, monitor)
-            # Restore: here the state is whole, and nothing has begun.
+            retry = partial(with_backoff, settings=config.recovery, what="writing a checkpoint")
+            store = CheckpointStore(config.checkpoint, folder, asdict(config), retry)
+            store.restore(state)
             peak = product_rate(getattr(torch, config.run.precision), device) * dims.world_size
             watch = Stopwatch(source.config, trains_weights=not config.lora.rank, peak=peak, num_shares=dims.data)
-            with closing(Journal(config, folder, plain.model, monitor, rank=rank, first_step=state.step)) as journal:
-                _Loop(config, dims, data, loader, trainer, stopping, state, guard, journal, watch).run()
-            # Publish: the model is trained.
+            journal = Journal(config, folder, plain.model, monitor, rank=rank, first_step=state.step)
+            with closing(journal), closing(store), Interruption(device) as interruption:
+                loop = _Loop(config, dims, data, loader, trainer, stopping, state, guard, journal, watch)
+                loop.run(store, interruption)
+                _publish(config, state, store, journal, guard, rank)
     return journal.summary
 
 
@@ -86,10 +98,16 @@ class _Loop:
     journal: Journal
     watch: Stopwatch
 
-    def run(self) -> None:
-        """Up to the last step, the end of the data, or where validation no longer improves."""
+    def run(self, store: CheckpointStore, interruption: Interruption) -> None:
+        """Up to the last step, the end of the data, where validation no longer improves, or a signal to stop."""
         state, settings = self.state, self.config.run
         while state.step < settings.steps:
+            if store.is_due(state.step):
+                with self.guard.allow(SAVE_S, "checkpoint"):
+                    store.save(state)
+            if (signal := interruption.signal()) is not None:
+                self.journal.summary.interrupted_by = signal
+                return self.journal.ends(f"{signal.name} asked it to stop")
             self.guard.at(state.step + 1, "data")
             self.watch.start(self.loader.wait_seconds)
             batches = self._read(settings.micro_batches // self.dims.data)
@@ -98,7 +116,6 @@ class _Loop:
             result = self._step(batches)
             state.step += 1
             self.journal.step(state.step, result, self.watch.stop(batches, self.loader.wait_seconds))
-            # Save: the state is that after this step.
             if settings.evaluate_every and (state.step % settings.evaluate_every == 0 or state.step == settings.steps):
                 evaluation = self._evaluate()
                 self.journal.evaluation(state.step, evaluation)
@@ -154,6 +171,22 @@ class _Data:
             rank=self.rank,
             num_ranks=self.num_ranks,
         )
+
+
+def _publish(
+    config: RunConfig, state: RunState, store: CheckpointStore, journal: Journal, guard: Guard, rank: int
+) -> None:
+    """The last checkpoint, and the model as servers load it."""
+    with guard.allow(SAVE_S, "checkpoint"):
+        last = store.save_last(state)
+    if rank != 0:
+        return
+    written = journal.summary.written | {"checkpoint": last}
+    if config.checkpoint.export != "none":
+        model = journal.summary.folder / "model"
+        export(last, model, dtype=config.checkpoint.export, replaces=True)
+        written |= {"model": model}
+    journal.summary.written = written
 
 
 def _folder(name: str) -> Path:

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from apt_core.errors import ConfigError
 from apt_core.model_config import ModelConfig
@@ -124,8 +126,8 @@ def join_processes(device: torch.device) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store, rank, size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+        store, rank, size = next(rendezvous("env://", timeout=START_TIMEOUT))
         # torchrun of torch 2.13 keeps one store over its restarts: it holds addresses of processes that are gone.
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=START_TIMEOUT)
     return world_size

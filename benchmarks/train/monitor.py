@@ -20,7 +20,7 @@ import torch
 from apt_train.config import read_config
 from apt_train.loop import StepResult, Sums, Trainer
 from apt_train.monitor.gradients import GradientMonitor
-from apt_train.parallel.clipping import gradient_norm
+from apt_train.parallel.clipping import l2_norm
 from apt_train.train import train
 from benchmarks.machine import describe
 from benchmarks.table import print_table
@@ -60,7 +60,7 @@ def _seconds(path: str, steps: int) -> tuple[float, float, float]:
         result = update(self, index, sums)
         _wait()
         ends.append(time.perf_counter())
-        norms.append(_timed(lambda: float(gradient_norm(self._parameters))))
+        norms.append(_timed(lambda: float(l2_norm(p.grad for p in self._parameters if p.grad is not None))))
         return result
 
     backward = Trainer.backward

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,10 @@ def test_wandb_offline_keeps_every_metric_on_disk(tmp_path: Path) -> None:
     writer.histograms(2, {"weights": torch.randn(10)})
     writer.close()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    content = file.read_bytes()
-    assert [name for name in METRICS.scalars() if name.encode() not in content] == []
+    deadline = time.monotonic() + 30
+    while missing := [name for name in METRICS.scalars() if name.encode() not in file.read_bytes()]:
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.1)
 
 
 def test_the_progress_bar_shows_loss_throughput_and_time_left() -> None:
