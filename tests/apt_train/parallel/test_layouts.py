@@ -22,8 +22,8 @@ from apt_train.parallel.parallelize import parallelize, plain
 from tests.apt_train.corpus import TextBatch, text_batch
 from tests.apt_train.test_loop import CONFIG, new_model
 
-STEPS = (8, 4)
-"""Micro-batches of each step, over all processes: at the end of the data there are fewer."""
+STEPS = (4, 4)
+"""Micro-batches of each step, over all processes; fewer than stages where two read data, as at the end of the data."""
 TIED = replace(CONFIG, num_layers=4)
 UNTIED = replace(TIED, architecture="Qwen3ForCausalLM", tie_word_embeddings=False, qk_norm=True)
 
