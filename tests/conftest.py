@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Tests that start Ray run one after another, as Ray finds other clusters of the machine, and begin first: they wait
     much, and what computes fills those waits on the other workers to the end.
     """
-    if not config.pluginmanager.hasplugin("xdist"):
+    if not hasattr(config, "workerinput"):
         return
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
