@@ -1,0 +1,1 @@
+"""Speed of the trainer and of its parts."""
