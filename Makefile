@@ -35,7 +35,7 @@ serve: install ## Install, start the server and print a first request once it an
 test: install ## Install, then run every check and every test with coverage.
 	@$(MAKE) --no-print-directory check
 	@echo "== Tests with coverage, $(TEST_WORKERS) at once"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
 	    --cov --cov-report=term $(ARGS)
 	@echo "== All passed. Next: make serve"
 

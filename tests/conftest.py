@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -15,17 +16,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Triton kernels run as Python; `make test-gpu` sets 0, which compiles them. Triton reads this when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+RAY = ("tests/apt_serve/test_deployment.py", "tests/serving/", "tests/vllm/")
+"""Where tests start Ray. They run one after another, as Ray finds other clusters of the machine."""
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Share the tests among pytest-xdist's workers by file, so that fixtures of a module are made once.
-
-    Tests that start Ray run one after another, as Ray finds other clusters of the machine, and begin first: they wait
-    much, and what computes fills those waits on the other workers to the end.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """Among pytest-xdist's workers, begin with Ray: it waits much, and the rest fills those waits to the end."""
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("ray") and not item.nodeid.startswith(RAY):
+            raise pytest.UsageError(f"{item.nodeid} starts Ray and is not in RAY of tests/conftest.py")
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(RAY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Share the tests by file, so that fixtures of a module are made once, with all that starts Ray as one file.
+
+    Groups by mark (``--dist loadgroup``) do nothing with pytest 9.2: pytest-xdist 3.8 renames tests, which it ignores.
+    """
+    from xdist.scheduler import LoadScopeScheduling  # vLLM's environment has no pytest-xdist
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(RAY) else nodeid.split("::")[0]
+
+    return Scheduling(config, log)
