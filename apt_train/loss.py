@@ -52,5 +52,4 @@ class ModelWithLoss(nn.Module):
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         head = self.model.lm_head if self.model.lm_head is not None else self.model.model.embed_tokens
-        weight = head.get_parameter("weight")
-        return ops.linear_cross_entropy(hidden, weight.to(hidden.dtype), batch.labels)
+        return ops.linear_cross_entropy(hidden, head.get_parameter("weight"), batch.labels)

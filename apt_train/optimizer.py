@@ -38,7 +38,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> tuple[Opt
             )
         )
     if groups:
-        optimizers.append(AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps))
+        optimizers.append(AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True))
     return tuple(optimizers)
 
 

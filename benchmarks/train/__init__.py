@@ -1,0 +1,1 @@
+"""Speed of training, beside a plain loop over transformers' model."""
