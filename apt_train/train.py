@@ -1,124 +1,219 @@
-"""A run, from its settings to its last step."""
+"""A run: config -> processes and mesh -> data -> model -> parallelize -> optimizer -> restore -> loop -> publish."""
 
 from __future__ import annotations
 
 import itertools
-import logging
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from apt_core.errors import ConfigError
+from apt_train.checkpoint.store import CheckpointStore
 from apt_train.config import RunConfig
-from apt_train.data import DataLoader
-from apt_train.loop import EarlyStopping, StepResult, Trainer
+from apt_train.data import DataLoader, MicroBatch
+from apt_train.data.divide import divided
+from apt_train.device import open_device
+from apt_train.errors.guard import Guard
+from apt_train.errors.recovery import with_backoff
+from apt_train.export import export
+from apt_train.interruption import Interruption
+from apt_train.journal import Journal, Summary
+from apt_train.loop import EarlyStopping, Evaluation, StepResult, Trainer
 from apt_train.loss import ModelWithLoss
 from apt_train.model import ModelSource
+from apt_train.monitor.gradients import GradientMonitor, UnhealthyGradientsError
 from apt_train.optimizer import build_optimizers
-from apt_train.parallel.dims import ParallelDims, join_processes
+from apt_train.parallel.dims import ParallelDims, data_group, join_processes
 from apt_train.parallel.parallelize import parallelize
 from apt_train.schedule import learning_rate_factor
-from apt_train.speed import flops_per_token, product_rate
+from apt_train.speed import Stopwatch, product_rate
+from apt_train.state import RunState
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """A step and how fast it was."""
-
-    step: int
-    """Steps done, this one included."""
-    result: StepResult
-    tokens_per_second: float
-    """Of all processes, padding included."""
-    peak_share: float
-    """Of the rate at which this machine multiplies large matrices (MFU, arXiv 2204.02311)."""
-    waiting_share: float
-    """Of the step's time spent waiting for data."""
-    validation_loss: float | None = None
+SAVE_S = 3600.0
+"""A rank that writes a checkpoint is not taken for stuck before."""
 
 
-def train(config: RunConfig, report: Callable[[Progress], None]) -> Trainer:
-    """Train as the settings say, telling ``report`` about each step.
+def train(config: RunConfig) -> Summary:
+    """Train as the settings say.
+
+    With several processes an error ends all of them, and its report lies in the run's folder.
 
     Raises:
         ConfigError: a setting cannot work; before any training.
         CheckpointError: the checkpoint to start from cannot be used.
+        TrainingDivergedError: too many steps in a row had unhealthy gradients.
     """
-    device = torch.device(config.run.device)
+    device = open_device(config.run.device)
     dims = ParallelDims.of(config.parallel, join_processes(device))
     dims.check(config)
     mesh = dims.mesh(device.type)
     rank = dist.get_rank() if mesh is not None else 0
+    torch.manual_seed(config.run.seed)
+    folder = _folder(config.run.folder)
+    with Guard(config.recovery, config.watchdog, folder, rank=rank, num_ranks=dims.world_size) as guard:
+        source = ModelSource(config.model)
+        dims.check_model(source.config, config.parallel)
+        data = _Data(config, source, dims.data_rank(rank), dims.data)
+        data.check()
+        with closing(data.open("train")) as loader:
+            dtype = torch.float64 if config.run.precision == "float64" else torch.float32
+            plain = ModelWithLoss(source.build(config.lora, dtype=dtype, device=device, seed=config.run.seed))
+            model = parallelize(plain, dims, mesh, config.parallel, compiles=config.run.compile)
+            monitor = GradientMonitor(config.monitor)
+            group = data_group(mesh)
+            trainer = _trainer(config, model, monitor, device, group, guard)
+            stopping = EarlyStopping(config.run.patience, config.run.min_improvement)
+            state = RunState(model, trainer.optimizers, trainer.scaler, loader, stopping, monitor)
+            retry = partial(with_backoff, settings=config.recovery, what="writing a checkpoint")
+            store = CheckpointStore(config.checkpoint, folder, asdict(config), retry)
+            store.restore(state)
+            peak = product_rate(getattr(torch, config.run.precision), device) * dims.world_size
+            watch = Stopwatch(source.config, trains_weights=not config.lora.rank, peak=peak, num_shares=dims.data)
+            journal = Journal(config, folder, plain.model, monitor, rank=rank, first_step=state.step)
+            with closing(journal), closing(store), Interruption(device) as interruption:
+                loop = _Loop(config, dims, data, loader, trainer, stopping, state, guard, journal, watch)
+                loop.run(store, interruption)
+                _publish(config, state, store, journal, guard, rank)
+    return journal.summary
 
-    source = ModelSource(config.model)
-    loader = _open_loader(config, source, rank, dims, "train")
-    if config.run.evaluate_every:
-        _open_loader(
-            config, source, rank, dims, "validation"
-        ).close()  # refuses what it cannot read, before any training
-    dtype = torch.float64 if config.run.precision == "float64" else torch.float32
-    model = ModelWithLoss(source.build(config.lora, dtype=dtype, device=device, seed=config.run.seed))
-    parallel = parallelize(model, dims, mesh, config.parallel, compiles=config.run.compile)
 
-    trainer = Trainer(
-        parallel,
-        build_optimizers(parallel, config.optimizer),
+@dataclass(frozen=True)
+class _Loop:
+    """The steps of a run."""
+
+    config: RunConfig
+    dims: ParallelDims
+    data: _Data
+    loader: DataLoader
+    trainer: Trainer
+    stopping: EarlyStopping
+    state: RunState
+    guard: Guard
+    journal: Journal
+    watch: Stopwatch
+
+    def run(self, store: CheckpointStore, interruption: Interruption) -> None:
+        """Up to the last step, the end of the data, where validation no longer improves, or a signal to stop."""
+        state, settings = self.state, self.config.run
+        while state.step < settings.steps:
+            if store.is_due(state.step):
+                with self.guard.allow(SAVE_S, "checkpoint"):
+                    store.save(state)
+            if (signal := interruption.signal()) is not None:
+                self.journal.summary.interrupted_by = signal
+                return self.journal.ends(f"{signal.name} asked it to stop")
+            self.guard.at(state.step + 1, "data")
+            self.watch.start(self.loader.wait_seconds)
+            batches = self._read(settings.micro_batches // self.dims.data)
+            if not batches:
+                return self.journal.ends("there is no more data")
+            result = self._step(batches)
+            state.step += 1
+            self.journal.step(state.step, result, self.watch.stop(batches, self.loader.wait_seconds))
+            if settings.evaluate_every and (state.step % settings.evaluate_every == 0 or state.step == settings.steps):
+                evaluation = self._evaluate()
+                self.journal.evaluation(state.step, evaluation)
+                if self.stopping.should_stop(evaluation.loss):
+                    return self.journal.ends(f"validation has not improved for {settings.patience} evaluations")
+
+    def _read(self, number: int) -> list[MicroBatch]:
+        """So many micro-batches, or fewer at the end of the data."""
+        reads = (self.guard.retry(lambda: next(self.loader, None), "reading data") for _ in range(number))
+        return [batch for batch in reads if batch is not None]
+
+    def _step(self, batches: list[MicroBatch]) -> StepResult:
+        with_accuracy = self.journal.wants_details(self.state.step + 1)
+        self.guard.at(self.state.step + 1, "step")
+        sums = self.guard.memory.run(
+            lambda num_parts: self.trainer.backward(divided(batches, num_parts), with_accuracy=with_accuracy)
+        )
+        result = self.trainer.update(self.state.step, sums)
+        if result.gradients is not None and result.gradients.must_skip:
+            self.guard.note_once(UnhealthyGradientsError(result.gradients))
+        return result
+
+    def _evaluate(self) -> Evaluation:
+        """On the same first micro-batches of the validation documents every time."""
+        self.guard.at(self.state.step, "evaluation")
+        with closing(self.data.open("validation")) as loader:
+            return self.trainer.evaluate(itertools.islice(loader, self.config.run.evaluation_batches))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Opens the documents of a run, of which this process reads its share."""
+
+    config: RunConfig
+    source: ModelSource
+    rank: int
+    num_ranks: int
+
+    def check(self) -> None:
+        """Refuse what cannot be evaluated on before any training."""
+        if self.config.run.evaluate_every:
+            self.open("validation").close()
+
+    def open(self, split: Literal["train", "validation"]) -> DataLoader:
+        """A loader at the beginning of the documents."""
+        ends = self.source.checkpoint.generation.eos_token_ids
+        return DataLoader(
+            self.config.data,
+            self.source.tokenizer,
+            vocab_size=self.source.config.vocab_size,
+            end_id=ends[0] if ends else None,
+            split=split,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+        )
+
+
+def _publish(
+    config: RunConfig, state: RunState, store: CheckpointStore, journal: Journal, guard: Guard, rank: int
+) -> None:
+    """The last checkpoint, and the model as servers load it."""
+    with guard.allow(SAVE_S, "checkpoint"):
+        last = store.save_last(state)
+    if rank != 0:
+        return
+    written = journal.summary.written | {"checkpoint": last}
+    if config.checkpoint.export != "none":
+        model = journal.summary.folder / "model"
+        export(last, model, dtype=config.checkpoint.export, replaces=True)
+        written |= {"model": model}
+    journal.summary.written = written
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be made: {error.strerror}", field="run.folder") from None
+    return folder
+
+
+def _trainer(
+    config: RunConfig,
+    model: nn.Module,
+    monitor: GradientMonitor,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    guard: Guard,
+) -> Trainer:
+    return Trainer(
+        model,
+        build_optimizers(model, config.optimizer),
         lambda step: config.optimizer.learning_rate * learning_rate_factor(config.schedule, step, config.run.steps),
         device=device,
         precision=config.run.precision,
         max_grad_norm=config.optimizer.max_grad_norm,
-        data_group=dist.group.WORLD if mesh is not None else None,
+        data_group=group,
+        monitor=monitor if config.monitor.enabled else None,
+        tick=guard.go_on,
     )
-    stopping = EarlyStopping(config.run.patience, config.run.min_improvement)
-    peak = _peak_rate(config, device) * dims.world_size
-    flops = flops_per_token(source.config, config.data.micro_batch_tokens / 2)
-    try:
-        for step in range(config.run.steps):
-            start, waited = time.perf_counter(), loader.wait_seconds
-            batches = list(itertools.islice(loader, config.run.micro_batches // dims.data))
-            if not batches:
-                break
-            result = trainer.step(step, batches)
-            seconds = time.perf_counter() - start
-            rate = len(batches) * config.data.micro_batch_tokens * dims.data / seconds
-            validation = None
-            if config.run.evaluate_every and (step + 1) % config.run.evaluate_every == 0:
-                validation = _evaluate(trainer, config, source, rank, dims)
-            waiting = (loader.wait_seconds - waited) / seconds
-            report(Progress(step + 1, result, rate, rate * flops / peak, waiting, validation))
-            if validation is not None and stopping.should_stop(validation):
-                log.info("validation has not improved for %d evaluations: stopped", config.run.patience)
-                break
-    finally:
-        loader.close()
-    return trainer
-
-
-def _open_loader(config: RunConfig, source: ModelSource, rank: int, dims: ParallelDims, split: str) -> DataLoader:
-    ends = source.checkpoint.generation.eos_token_ids
-    return DataLoader(
-        config.data,
-        source.tokenizer,
-        vocab_size=source.config.vocab_size,
-        end_id=ends[0] if ends else None,
-        split="validation" if split == "validation" else "train",
-        rank=rank,
-        num_ranks=dims.data,
-    )
-
-
-def _evaluate(trainer: Trainer, config: RunConfig, source: ModelSource, rank: int, dims: ParallelDims) -> float:
-    """On the same first micro-batches of the validation documents every time."""
-    loader = _open_loader(config, source, rank, dims, "validation")
-    try:
-        return trainer.evaluate(itertools.islice(loader, config.run.evaluation_batches))
-    finally:
-        loader.close()
-
-
-def _peak_rate(config: RunConfig, device: torch.device) -> float:
-    return product_rate(getattr(torch, config.run.precision), device)

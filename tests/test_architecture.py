@@ -64,10 +64,11 @@ def test_only_the_deployment_imports_ray() -> None:
     assert importers <= {"apt_serve/deployment.py"}
 
 
-def test_only_its_engine_imports_vllm() -> None:
+@pytest.mark.parametrize("room", ["apt_serve/engine/vllm/", "kernels/apt_kernels/vllm/"])
+def test_only_its_engine_and_the_plug_in_import_vllm(room: str) -> None:
     importers = {relative(p) for p in SOURCES if any(n.split(".")[0] == "vllm" for n, _ in imports_in(parsed(p)))}
-    assert importers
-    assert all(path.startswith("apt_serve/engine/vllm/") for path in importers)
+    assert any(path.startswith(room) for path in importers)
+    assert all(path.startswith(("apt_serve/engine/vllm/", "kernels/apt_kernels/vllm/")) for path in importers)
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

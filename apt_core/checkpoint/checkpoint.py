@@ -30,6 +30,8 @@ class Checkpoint:
 
     weight_format: WeightFormat | None = None
     """How linear layers are stored in fewer bits; None if they are not."""
+    tokenizer_digest: str = ""
+    """Of the text that the tokenizer was made from."""
     quantized_files: tuple[WeightFile, ...] = ()
     """Of a GGUF, what it has in 4 bits; ``weight_files`` holds the same dequantized."""
 

@@ -59,7 +59,11 @@ class FolderWriter:
         self.document("model.safetensors.index.json", json.dumps(index_document, indent=1))
 
     def _flush(self) -> None:
-        save_file(self._waiting, self._path(len(self._shards)), metadata={"format": "pt"})
+        path = self._path(len(self._shards))
+        path.touch()  # safetensors makes files that their owner alone may read
+        mode = path.stat().st_mode
+        save_file(self._waiting, path, metadata={"format": "pt"})
+        path.chmod(mode)
         self._shards.append(list(self._waiting))
         self._waiting = {}
 

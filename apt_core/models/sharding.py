@@ -122,8 +122,11 @@ class Shard:
             raise ConfigError(problem, field="tensor_parallel_size") from error
 
 
-def check_divisible(config: ModelConfig, plan: ShardingPlan, size: int) -> None:
+def check_divisible(config: ModelConfig, plan: ShardingPlan, size: int, field: str = "tensor_parallel_size") -> None:
     """Refuse a number of ranks that would cut what must stay whole.
+
+    Args:
+        field: the setting that asks for so many ranks.
 
     Raises:
         ConfigError: names the fields of the model's config.json.
@@ -132,11 +135,11 @@ def check_divisible(config: ModelConfig, plan: ShardingPlan, size: int) -> None:
     for module in plan.modules:
         splits[module.units].add(module.split)
     cut = []
-    for field, kinds in splits.items():
-        count = getattr(config, field)
+    for units, kinds in splits.items():
+        count = getattr(config, units)
         is_cut = count % size != 0 if kinds != {Split.VOCABULARY} else (size - 1) * -(-count // size) >= count
         if is_cut:
-            cut.append(f"{CONFIG_KEYS.get(field, field)} ({count})")
+            cut.append(f"{CONFIG_KEYS.get(units, units)} ({count})")
     if cut:
         problem = f"{size} ranks cannot share the model's {' and '.join(cut)}"
-        raise ConfigError(problem, field="tensor_parallel_size")
+        raise ConfigError(problem, field=field)

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from apt_core.errors import AptError
 from apt_serve.api import (
+    admin,
     chat,
     completions,
     generate,
@@ -27,6 +28,7 @@ from apt_serve.api import (
     websocket,
 )
 from apt_serve.api.errors import CLIENT_CLOSED_REQUEST, ApiError, RequestTimeoutError, as_api_error
+from apt_serve.api.handover import Fleet, Handover
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.api.middleware import (
     REQUEST_ID_HEADER,
@@ -35,6 +37,7 @@ from apt_serve.api.middleware import (
     RequestIdMiddleware,
 )
 from apt_serve.api.state import ApiState
+from apt_serve.api.streaming import WEIGHT_VERSION_HEADER
 from apt_serve.config import ApiConfig, ServerConfig
 from apt_serve.engine.client import EngineClient
 
@@ -48,6 +51,7 @@ def create_app(
     *,
     runs_engine: bool = True,
     is_behind_serve: bool = False,
+    fleet: Fleet | None = None,
 ) -> FastAPI:
     """The application over an engine.
 
@@ -58,8 +62,13 @@ def create_app(
         runs_engine: the lifespan starts and stops the engine; else whoever runs the app calls ``start`` and ``stop`` of
             ``app.state.api``.
         is_behind_serve: Ray Serve puts request ids on responses by itself.
+        fleet: all replicas that new weights go to; None: this one has no others.
+
+    Raises:
+        ConfigError: the admin token in the environment is too short.
     """
-    state = ApiState(config, engine, prometheus)
+    admin_token = config.admin.bearer_token
+    state = ApiState(config, engine, prometheus, fleet or Handover(config, engine, prometheus), admin_token)
     prometheus.watch(engine)
     app = FastAPIOffline(  # /docs works without a network
         redoc_url=None,
@@ -77,6 +86,8 @@ def create_app(
     app.state.api = state
     for module in _ROUTERS:
         app.include_router(module.router)
+    if admin_token is not None:
+        app.include_router(admin.router)
     return app
 
 
@@ -100,7 +111,7 @@ def _middleware(config: ApiConfig, is_behind_serve: bool) -> list[Middleware]:
                 allow_origins=config.cors_allow_origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+                expose_headers=[REQUEST_ID_HEADER, WEIGHT_VERSION_HEADER, "Retry-After"],
             )
         )
     return [*layers, Middleware(LastResortMiddleware), Middleware(BodyLimitMiddleware, config.max_body_bytes)]

@@ -39,6 +39,10 @@ class ChatFormatter:
         self._options = options
         self._started: set[int] = set()
 
+    def start(self, weight_version: str) -> None:
+        """See Formatter."""
+        self._envelope = self._envelope.started(weight_version)
+
     def chunks(self, delta: ChoiceDelta, usage: Usage | None) -> list[ChatCompletionChunk]:
         """The role before a choice's first text, the finish reason after its last."""
         choices: list[ChatChunkChoice] = []

@@ -38,6 +38,10 @@ class CompletionFormatter:
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}
         self._held: dict[int, list[ChoiceDelta]] = {}
 
+    def start(self, weight_version: str) -> None:
+        """See Formatter."""
+        self._envelope = self._envelope.started(weight_version)
+
     def chunks(self, delta: ChoiceDelta, usage: Usage | None) -> list[Completion]:
         """One event per delta."""
         return [self._completion([self._choice(ready)], usage) for ready in self._ready(delta)]

@@ -16,7 +16,12 @@ from starlette.responses import Response
 
 from apt_core.errors import InvalidRequestError
 from apt_serve.api.schemas.common import ErrorBody, ErrorResponse
-from apt_serve.engine.client import EngineOverloadedError, EngineStoppedError, GenerationFailedError
+from apt_serve.engine.client import (
+    EngineOverloadedError,
+    EngineStoppedError,
+    GenerationFailedError,
+    WeightsReplacedError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +84,9 @@ def as_api_error(error: BaseException) -> ApiError:
         case EngineStoppedError():
             headers = {"Retry-After": "1"}
             return ApiError(503, str(error), type="overloaded_error", code="engine_stopped", headers=headers)
+        case WeightsReplacedError():
+            headers = {"Retry-After": "1"}
+            return ApiError(503, str(error), type="server_error", code="weights_replaced", headers=headers)
         case GenerationFailedError():
             return ApiError(500, str(error), type="server_error", code="engine_error")
         case RequestTimeoutError():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from apt_serve.api.generation import ChoiceDelta, Job
@@ -13,6 +14,9 @@ from apt_serve.api.schemas.common import Usage
 
 class Formatter(Protocol):
     """Turns deltas into the bodies of one endpoint. One formatter serves one request; it may keep state."""
+
+    def start(self, weight_version: str) -> None:
+        """Take the version of the weights behind the answer; called once, before anything is formatted."""
 
     def chunks(self, delta: ChoiceDelta, usage: Usage | None) -> Sequence[ResponseSchema]:
         """The events of a streamed answer that a delta stands for, with the usage so far if it is wanted."""
@@ -29,7 +33,17 @@ class Envelope:
     """The fields that every body of one answer repeats."""
 
     job: Job
-    system_fingerprint: str
+    settings: str
+    """The model's, spelled out."""
+    weight_version: str = ""
+    """Known with the first tokens."""
+    system_fingerprint: str = ""
+    """Changes with the settings and with the weights."""
+
+    def started(self, weight_version: str) -> Envelope:
+        """With what is known from the first tokens on."""
+        digest = hashlib.sha256(f"{self.settings} {weight_version}".encode()).hexdigest()
+        return replace(self, weight_version=weight_version, system_fingerprint=f"fp_{digest[:10]}")
 
     def fields(self, object_name: str) -> dict[str, Any]:
         """Keyword arguments for the body."""
@@ -39,6 +53,7 @@ class Envelope:
             "created": self.job.created,
             "model": self.job.model,
             "system_fingerprint": self.system_fingerprint,
+            "weight_version": self.weight_version,
         }
 
 

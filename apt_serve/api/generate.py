@@ -35,5 +35,6 @@ async def generate(body: GenerateRequest, request: Request, state: State) -> Res
         generated_text=choice.output.text,
         tokens=len(choice.output.token_ids),
         latency_ms=(time.perf_counter() - began) * 1000,
+        weight_version=choice.output.weight_version,
     )
     return answer.response()

@@ -86,8 +86,9 @@ def make_job(
         InvalidRequestError: the engine could never serve it.
     """
     job_id = f"{kind}-{uuid.uuid4().hex}"
+    weight_version = engine.model.weight_version  # of all prompts the same
     requests = tuple(
-        GenerationRequest(f"{job_id}-{number}", prompt.token_ids, sampling, priority or 0)
+        GenerationRequest(f"{job_id}-{number}", prompt.token_ids, sampling, priority or 0, weight_version)
         for number, prompt in enumerate(prompts)
     )
     with wire_names(names or {}):

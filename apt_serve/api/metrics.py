@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from apt_serve.engine.client import EngineClient, EngineStats
+from apt_serve.engine.client import EngineClient, EngineStats, EngineStoppedError
 from apt_serve.engine.metrics import FinishRecord, StepRecord
 
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -39,6 +40,7 @@ class PrometheusMetrics:
         self._cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self._preemptions = self._counter("num_preemptions", "Sequences that had to give their memory back.")
         self._success = self._labelled("request_success", "Finished choices.", "finished_reason")
+        self._swaps = self._labelled("weight_swaps", "Changes of weights, by how they ended.", "outcome")
         self._rejected = self._labelled("requests_rejected", "Requests answered with an error.", "reason")
 
     def step(self, record: StepRecord) -> None:
@@ -65,6 +67,10 @@ class PrometheusMetrics:
     def rejected(self, reason: str) -> None:
         """Count one request that was answered with an error."""
         self._rejected.labels(self._model_name, reason).inc()
+
+    def swapped(self, outcome: str) -> None:
+        """Count one change of weights that has ended."""
+        self._swaps.labels(self._model_name, outcome).inc()
 
     def watch(self, engine: EngineClient) -> None:
         """Read an engine's gauges at each scrape."""
@@ -96,6 +102,14 @@ class _EngineGauges(Collector):
         yield self._gauge("num_requests_running", "Sequences being computed.", stats.num_running)
         yield self._gauge("num_requests_waiting", "Sequences waiting for a place in a step.", stats.num_waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of KV-cache blocks in use, 0 to 1.", _kv_usage(stats))
+        with suppress(EngineStoppedError):
+            yield self._weight_version(self._engine.model.weight_version)
+
+    def _weight_version(self, version: str) -> GaugeMetricFamily:
+        text = "1 for the version of the weights that new requests start on."
+        gauge = GaugeMetricFamily("apt:weight_version_info", text, labels=["model_name", "weight_version"])
+        gauge.add_metric([self._model_name, version], 1)
+        return gauge
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         gauge = GaugeMetricFamily(f"apt:{name}", text, labels=["model_name"])

@@ -31,6 +31,7 @@ async def summarize_models(state: State) -> Response:
     summary = ModelSummary(
         name=model.name,
         max_model_len=model.max_model_len,
+        weight_version=model.weight_version,
         vocab_size=model.vocab_size,
         has_chat_template=model.tokenizer.has_chat_template,
         capabilities=sorted(state.engine.capabilities),
@@ -40,5 +41,10 @@ async def summarize_models(state: State) -> Response:
 
 def _card(model: ModelInfo) -> ModelCard:
     return ModelCard(
-        id=model.name, object="model", created=model.created, owned_by="apt", max_model_len=model.max_model_len
+        id=model.name,
+        object="model",
+        created=model.created,
+        owned_by="apt",
+        max_model_len=model.max_model_len,
+        weight_version=model.weight_version,
     )

@@ -10,7 +10,10 @@ Responses = dict[int | str, dict[str, Any]]
 
 _DESCRIPTIONS: Final = {
     400: "The request is not valid; `param` names the field.",
+    401: "The admin token is missing or wrong.",
+    403: "The path is not one that may be loaded.",
     404: "No such model.",
+    409: "Another swap has not ended, or the engine cannot do it.",
     413: "The body is too large.",
     415: "The body is not application/json.",
     500: "The engine failed; not the request's fault.",

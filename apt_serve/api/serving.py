@@ -9,7 +9,7 @@ from apt_serve.api.formatting import Formatter
 from apt_serve.api.generation import Job, run_job
 from apt_serve.api.schemas.common import GenerationFields
 from apt_serve.api.state import ApiState
-from apt_serve.api.streaming import StreamUsage, collected, streamed_answer
+from apt_serve.api.streaming import WEIGHT_VERSION_HEADER, StreamUsage, collected, streamed_answer
 from apt_serve.engine.client import EngineClient
 
 
@@ -20,4 +20,9 @@ async def answer(
     batches = run_job(engine, job, state.config.api.request_timeout_s)
     if body.stream:
         return await streamed_answer(request.receive, job, batches, formatter, StreamUsage.of(body.stream_options))
-    return formatter.response(*await collected(request.receive, job, batches)).response()
+    choices, usage = await collected(request.receive, job, batches)
+    weight_version = choices[0].output.weight_version
+    formatter.start(weight_version)
+    response = formatter.response(choices, usage).response()
+    response.headers[WEIGHT_VERSION_HEADER] = weight_version
+    return response

@@ -42,7 +42,7 @@ class SocketGeneration:
             async for batch in batches:
                 if not has_started:
                     has_started = True
-                    yield self._start(job)
+                    yield self._start(job, batch[0].output.weight_version)
                 for delta in batch:
                     yield self._tokens_of(engine, delta)
 
@@ -77,13 +77,14 @@ class SocketGeneration:
         [prompt] = await text_prompts(engine.model, message.prompt, add_special_tokens=add_special_tokens)
         return prompt
 
-    def _start(self, job: Job) -> StartMessage:
+    def _start(self, job: Job, weight_version: str) -> StartMessage:
         return StartMessage(
             type="start",
             id=self._message.id,
             model=job.model,
             created=job.created,
             prompt_tokens=job.num_prompt_tokens,
+            weight_version=weight_version,
         )
 
     def _tokens_of(self, engine: EngineClient, delta: ChoiceDelta) -> TokensMessage:

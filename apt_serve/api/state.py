@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
@@ -13,6 +12,7 @@ from starlette.requests import HTTPConnection
 from apt_serve.api.errors import model_not_found
 from apt_serve.api.formatting import Envelope
 from apt_serve.api.generation import Job
+from apt_serve.api.handover import Fleet
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.config import ServerConfig
 from apt_serve.engine.client import EngineClient
@@ -33,6 +33,10 @@ class ApiState:
     config: ServerConfig
     engine: EngineClient
     metrics: PrometheusMetrics
+    fleet: Fleet
+    """For new weights."""
+    admin_token: str | None = None
+    """Of who may load them; None: nobody may."""
     phase: Phase = Phase.STARTING
 
     async def start(self) -> None:
@@ -56,9 +60,8 @@ class ApiState:
         return self.engine
 
     def envelope(self, job: Job) -> Envelope:
-        """What all bodies of an answer begin with. The fingerprint changes with the model's settings."""
-        digest = hashlib.sha256(repr(self.config.model).encode()).hexdigest()
-        return Envelope(job, f"fp_{digest[:10]}")
+        """What all bodies of an answer begin with."""
+        return Envelope(job, settings=repr(self.config.model))
 
 
 def state_of(connection: HTTPConnection) -> ApiState:

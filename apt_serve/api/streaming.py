@@ -23,6 +23,7 @@ T = TypeVar("T")
 Batches = AsyncGenerator[list[ChoiceDelta], None]
 
 _DONE = b"data: [DONE]\n\n"
+WEIGHT_VERSION_HEADER = "X-Weight-Version"
 _HEADERS = {
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",  # nginx would otherwise collect tokens before it passes them on
@@ -67,7 +68,9 @@ async def streamed_answer(
     except BaseException:
         await batches.aclose()
         raise
-    return EventStream(_events(first, batches, Tally(job), formatter, usage), batches)
+    weight_version = first[0].output.weight_version
+    formatter.start(weight_version)
+    return EventStream(weight_version, _events(first, batches, Tally(job), formatter, usage), batches)
 
 
 async def _events(
@@ -101,12 +104,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, writes: AsyncGenerator[bytes, None], batches: Batches) -> None:
+    def __init__(self, weight_version: str, writes: AsyncGenerator[bytes, None], batches: Batches) -> None:
         self.status_code = 200
         self.background = None
         self._writes = writes
         self._batches = batches
-        self.init_headers(_HEADERS)
+        self.init_headers(_HEADERS | {WEIGHT_VERSION_HEADER: weight_version})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write all events, or as many as the client waits for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Callable
 
 from apt_serve.engine.client import EngineOverloadedError, EngineStoppedError
 
@@ -17,6 +18,7 @@ class Admission:
         self._refusal: str | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self._has_finished = asyncio.Event()
         self._finished_at = time.monotonic()
         self._finish_interval_s = 1.0
         """Moving average of the time between two sequences' ends, while there is work."""
@@ -28,8 +30,7 @@ class Admission:
             EngineStoppedError: ``close`` was called.
             EngineOverloadedError: together with those that run and wait they would be more than ``capacity``.
         """
-        if self._refusal is not None:
-            raise EngineStoppedError(self._refusal)
+        self.refuse_if_closed()
         excess = self.num_unfinished + num_sequences - capacity
         if excess > 0:
             retry_after_s = min(max(math.ceil(excess * self._finish_interval_s), 1), 60)
@@ -43,18 +44,30 @@ class Admission:
         self.num_unfinished += num_sequences
         self._idle.clear()
 
+    def refuse_if_closed(self) -> None:
+        """Raise EngineStoppedError once ``close`` was called."""
+        if self._refusal is not None:
+            raise EngineStoppedError(self._refusal)
+
     def finish(self, num_sequences: int = 1) -> None:
         """Count sequences out that have ended, however they did."""
         now = time.monotonic()
         self._finish_interval_s += 0.1 * (now - self._finished_at - self._finish_interval_s)
         self._finished_at = now
         self.num_unfinished -= num_sequences
+        self._has_finished.set()
         if not self.num_unfinished:
             self._idle.set()
 
     def close(self, refusal: str) -> None:
         """Let nobody in any more, and say why."""
         self._refusal = refusal
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Return once something holds that can come to hold only when sequences end."""
+        while not condition():
+            self._has_finished.clear()
+            await self._has_finished.wait()
 
     async def wait_idle(self) -> None:
         """Return once every sequence has ended."""

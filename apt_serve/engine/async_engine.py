@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from apt_serve.engine.admission import Admission
 from apt_serve.engine.client import (
@@ -23,12 +25,16 @@ from apt_serve.engine.client import (
 )
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.engine import Engine, SequenceDelta
+from apt_serve.engine.handover import SwapOrder, SwapReport
 from apt_serve.engine.mailbox import Mailbox
 from apt_serve.engine.metrics import MetricsSink
 from apt_serve.engine.sequence import Sequence
+from apt_serve.engine.weight_swap import WeightSwap
+from apt_serve.engine.weight_versions import WeightVersions
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Command = Callable[[Engine], None]
 
 
@@ -52,6 +58,10 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._admission = Admission()
         self._progress_at = time.monotonic()
+        self._calls: set[asyncio.Future[Any]] = set()
+        """Commands whose results are waited for."""
+        self._weights = WeightVersions()
+        self._swap = WeightSwap(self)
 
     @property
     def model(self) -> ModelInfo:
@@ -60,8 +70,9 @@ class AsyncEngine:
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """Everything there is."""
-        return frozenset(Capability)
+        """Everything there is, save that several ranks keep their weights."""
+        missing = {Capability.WEIGHT_SWAP} if self._config.tensor_parallel_size > 1 else set()
+        return frozenset(Capability) - missing
 
     async def start(self) -> None:
         """See EngineClient; raises what loading raises."""
@@ -69,6 +80,7 @@ class AsyncEngine:
         self._started = self._loop.create_future()
         self._thread.start()
         await self._started
+        self._weights.start_on(self.model.weight_version)
         gc.collect()
         gc.freeze()  # the model and its modules are here to stay: keep them out of every later collection
 
@@ -93,8 +105,11 @@ class AsyncEngine:
         engine = self._require_engine()
         engine.check(request)
         self._admission.admit(request.sampling.n, engine.model.max_num_choices)
-        mailbox = Mailbox(request.sampling.n)
-        sequences = engine.sequences_of(request)
+        weight_version = self._weights.choose(request.weight_version)
+        if self._weights.has_to_wait(weight_version):
+            await self._hold(request)
+        mailbox = Mailbox(request.sampling.n, weight_version)
+        sequences = engine.sequences_of(replace(request, weight_version=weight_version))
         for seq in sequences:
             self._submit(seq, mailbox)
         try:
@@ -114,13 +129,77 @@ class AsyncEngine:
         since_progress = time.monotonic() - self._progress_at if is_busy else 0.0
         return EngineStats(
             num_running=engine.num_running if engine else 0,
-            num_waiting=max(len(self._mailboxes) - engine.num_running, 0) if engine else 0,
+            num_waiting=max(self._admission.num_unfinished - engine.num_running, 0) if engine else 0,
             num_kv_blocks=engine.num_kv_blocks if engine else 0,
             num_kv_blocks_used=engine.num_kv_blocks_used if engine else 0,
             is_alive=engine is not None and self._thread.is_alive() and engine.is_alive,
             seconds_since_progress=since_progress,
             is_stalled=since_progress > self._config.stall_timeout_s,
         )
+
+    async def swap_weights(self, order: SwapOrder) -> SwapReport:
+        """See EngineClient."""
+        engine = self._require_engine()
+        return await self._swap.run(order, engine.served, engine.model)
+
+    @property
+    def swap(self) -> SwapReport | None:
+        """See EngineClient."""
+        return self._swap.report
+
+    # What a swap asks for: SwapHost.
+
+    async def call(self, command: Callable[[Engine], T]) -> T:
+        """Run a command on the engine's thread, between two steps.
+
+        Raises:
+            EngineStoppedError: the engine stops or has died.
+            Exception: what the command raises.
+        """
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._calls.add(result)
+        result.add_done_callback(self._calls.discard)
+        if not self._thread.is_alive():
+            raise EngineStoppedError("The engine has stopped.")
+        self._commands.put(lambda engine: self._run_call(engine, command, result))
+        return await result
+
+    def start_on(self, weight_version: str, *, is_held: bool) -> None:
+        """See SwapHost."""
+        engine = self._require_engine()
+        engine.model = replace(engine.model, weight_version=weight_version)
+        self._weights.start_on(weight_version, is_held=is_held)
+
+    def release(self) -> None:
+        """See SwapHost."""
+        self._weights.release()
+
+    def forget(self, weight_version: str) -> None:
+        """See SwapHost."""
+        self._weights.forget(weight_version)
+
+    async def wait_for_last(self, weight_version: str) -> None:
+        """See SwapHost."""
+        await self._admission.wait_until(
+            lambda: all(mailbox.weight_version != weight_version for mailbox in self._mailboxes.values())
+        )
+
+    def end_all(self, weight_version: str, error: Exception) -> int:
+        """See SwapHost."""
+        ended = [seq_id for seq_id, mailbox in self._mailboxes.items() if mailbox.weight_version == weight_version]
+        for seq_id in ended:
+            self._abort(seq_id)
+            self._fail_one(seq_id, error)
+        return len(ended)
+
+    async def _hold(self, request: GenerationRequest) -> None:
+        """Wait until the old weights are out of use. The request has been admitted and counts meanwhile."""
+        try:
+            await self._weights.released()
+            self._admission.refuse_if_closed()
+        except BaseException:
+            self._admission.finish(request.sampling.n)
+            raise
 
     def _require_engine(self) -> Engine:
         if self._engine is None:
@@ -161,6 +240,10 @@ class AsyncEngine:
             mailbox.fail(error)
         self._admission.finish(len(self._mailboxes))
         self._mailboxes.clear()
+        self._weights.release()
+        for call in list(self._calls):
+            if not call.done():
+                call.set_exception(EngineStoppedError(str(error)))
 
     # The rest runs on the engine's thread.
 
@@ -200,6 +283,14 @@ class AsyncEngine:
             command(engine)
             is_blocking = False
 
+    def _run_call(self, engine: Engine, command: Callable[[Engine], T], result: asyncio.Future[T]) -> None:
+        try:
+            value = command(engine)
+        except Exception as error:
+            self._on_loop(_settle, result, None, error)
+        else:
+            self._on_loop(_settle, result, value, None)
+
     def _add(self, engine: Engine, seq: Sequence) -> None:
         try:
             engine.add(seq)
@@ -223,3 +314,13 @@ class AsyncEngine:
         assert self._loop is not None
         with suppress(RuntimeError):  # the loop has closed: nobody is left to tell
             self._loop.call_soon_threadsafe(function, *args)
+
+
+def _settle(result: asyncio.Future[T], value: T, error: Exception | None) -> None:
+    """Give a call its end, unless nobody waits for it any more."""
+    if result.done():
+        return
+    if error is None:
+        result.set_result(value)
+    else:
+        result.set_exception(error)

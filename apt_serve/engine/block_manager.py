@@ -19,10 +19,10 @@ class BlockManager:
     means that its content is known and can be had again. Empty blocks are given out first, then the least recently
     used cached ones. Every operation costs O(1) for each block it touches.
 
-    A block's identity is the chained hash of all tokens up to its end, seeded with the sequence's extra keys. It is
-    known to the cache from the moment its last token is *scheduled*: a step stores all keys and values of a layer
-    before any attention of that layer reads them, so even a sequence of the same step may share it. Where a step under
-    way is still sampling that token, the block becomes known with it (`learn`).
+    A block's identity is the chained hash of all tokens up to its end, seeded with the version of the weights and the
+    sequence's extra keys. It is known to the cache from the moment its last token is *scheduled*: a step stores all
+    keys and values of a layer before any attention of that layer reads them, so even a sequence of the same step may
+    share it. Where a step under way is still sampling that token, the block becomes known with it (`learn`).
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
@@ -169,7 +169,7 @@ class BlockManager:
         """Chained hash of the sequence's tokens up to the end of its block ``index``; computed once for each block."""
         hashes = seq.block_hashes
         while len(hashes) <= index:
-            parent = hashes[-1] if hashes else _root_hash(seq.extra_keys)
+            parent = hashes[-1] if hashes else _root_hash(seq)
             start = len(hashes) * self.block_size
             tokens = array("q", seq.token_ids[start : start + self.block_size])
             assert len(tokens) == self.block_size
@@ -177,6 +177,6 @@ class BlockManager:
         return hashes[index]
 
 
-def _root_hash(extra_keys: tuple[str, ...]) -> bytes:
+def _root_hash(seq: Sequence) -> bytes:
     # repr keeps ("a", "b") apart from ("ab",) and spells any character.
-    return blake2b(repr(extra_keys).encode(), digest_size=_DIGEST_SIZE).digest()
+    return blake2b(repr((seq.weight_version, *seq.extra_keys)).encode(), digest_size=_DIGEST_SIZE).digest()

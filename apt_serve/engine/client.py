@@ -8,7 +8,9 @@ from enum import StrEnum
 from typing import Literal, Protocol
 
 from apt_core.errors import AptError
+from apt_core.manifest import UNPUBLISHED
 from apt_core.tokenizer import Tokenizer
+from apt_serve.engine.handover import SwapOrder, SwapReport
 from apt_serve.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -20,6 +22,7 @@ class Capability(StrEnum):
     LOGPROBS = "logprobs"
     PROMPT_LOGPROBS = "prompt_logprobs"
     PRIORITY = "priority"
+    WEIGHT_SWAP = "weight_swap"
 
 
 class EngineOverloadedError(AptError):
@@ -38,6 +41,10 @@ class GenerationFailedError(AptError):
     """A running generation ended by a fault of the engine's, not of the request's."""
 
 
+class WeightsReplacedError(AptError):
+    """A generation ended because the weights it ran on have been replaced; the message names both versions."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One prompt and how to continue it."""
@@ -47,6 +54,9 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     """Lower is served earlier, under the priority policy."""
+    weight_version: str | None = None
+    """Weights to run on if the engine still has them, so that requests made together run on the same; None: the
+    newest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,8 @@ class GenerationOutput:
     """Prompt tokens whose keys and values came from the prefix cache."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """On the first delta of choice 0 if asked for: one per prompt token; the first token has None."""
+    weight_version: str = UNPUBLISHED
+    """Of the weights that all tokens of the choice come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +117,8 @@ class ModelInfo:
     eos_token_ids: frozenset[int]
     default_sampling: dict[str, float | int]
     """The checkpoint's own sampling defaults by SamplingParams field; empty where it states none."""
+    weight_version: str = UNPUBLISHED
+    """Of the weights that new requests start on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +170,20 @@ class EngineClient(Protocol):
             EngineStoppedError: the engine is stopping or dead.
         Raises, at any later item:
             GenerationFailedError: the engine failed while this request ran.
+            WeightsReplacedError: its weights were replaced while it ran.
         """
 
     def stats(self) -> EngineStats:
         """A snapshot of this moment; cheap."""
+
+    async def swap_weights(self, order: SwapOrder) -> SwapReport:
+        """Load published weights beside those that serve, check them, and change over. One at a time.
+
+        Raises:
+            SwapRunningError: another swap has not ended.
+            SwapError: the weights did not pass, and those before go on serving.
+        """
+
+    @property
+    def swap(self) -> SwapReport | None:
+        """The latest swap, as far as it has come; None if there was none."""

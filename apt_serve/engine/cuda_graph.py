@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,11 +57,18 @@ class DecodeBuffers:
         self.context_lens[:count].copy_(metadata.context_lens, non_blocking=True)
         self.block_tables[:count, : metadata.block_tables.shape[1]].copy_(metadata.block_tables, non_blocking=True)
         if count < size:
-            self.input_ids[count:size] = 0
-            self.positions[count:size] = 0
-            self.slot_mapping[count:size] = -1
-            self.context_lens[count:size] = 1
-            self.block_tables[count:size, 0] = 0
+            self._pad(count, size)
+
+    def clear(self) -> None:
+        """All rows become padding."""
+        self._pad(0, len(self.input_ids))
+
+    def _pad(self, start: int, end: int) -> None:
+        self.input_ids[start:end] = 0
+        self.positions[start:end] = 0
+        self.slot_mapping[start:end] = -1
+        self.context_lens[start:end] = 1
+        self.block_tables[start:end, 0] = 0
 
     def metadata(self, size: int) -> AttentionMetadata:
         """Of the first ``size`` rows, for any contexts there may be."""
@@ -100,7 +108,7 @@ class PaddedForward:
         max_num_seqs: int,
         max_model_len: int,
     ) -> None:
-        self._model = model
+        self.model = model
         self._kv_cache = kv_cache
         self._batch = batch
         self._packed = PackedForward(model, kv_cache, batch)
@@ -112,19 +120,32 @@ class PaddedForward:
         rows, dtype = (max_num_seqs, model.config.vocab_size), torch.promote_types(dtype, torch.float32)
         self._logits = torch.zeros(rows, dtype=dtype, device=batch.device)
         self._captured: dict[int, _Captured] = {}
+        self._pool: Any = None
+        """Memory of all graphs."""
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Record a graph for each size, the largest first, so that the smaller ones find room in its memory."""
-        pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self._sizes):
-            for _ in range(WARM_UP_RUNS):
-                self._compute(size)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                output = self._compute(size)
-            self._captured[size] = _Captured(graph, output)
+    def capture_next(self) -> bool:
+        """Record the graph of one more size, the largest first, so that the smaller ones find room in its memory.
+
+        Returns:
+            Whether there are more.
+        """
+        missing = [size for size in self._sizes if size not in self._captured]
+        if not missing:
+            return False
+        size = missing[-1]
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        # Of no sequence: what the last step left in the buffers would be computed, and stored, once more.
+        self._buffers.clear()
+        for _ in range(WARM_UP_RUNS):
+            self._compute(size)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = self._compute(size)
+        self._captured[size] = _Captured(graph, output)
+        return len(missing) > 1
 
     def __call__(self, step: StepInput, sampling: list[int]) -> ForwardOutput:
         """See Forward."""
@@ -145,7 +166,7 @@ class PaddedForward:
 
     def _compute(self, size: int) -> ForwardOutput:
         buffers = self._buffers
-        embedded = self._model.embed(buffers.input_ids[:size])
-        hidden = self._model(embedded, buffers.positions[:size], buffers.metadata(size), self._kv_cache)
-        logits = self._logits[:size].copy_(self._model.logits(hidden))
+        embedded = self.model.embed(buffers.input_ids[:size])
+        hidden = self.model(embedded, buffers.positions[:size], buffers.metadata(size), self._kv_cache)
+        logits = self._logits[:size].copy_(self.model.logits(hidden))
         return ForwardOutput(self._hidden[:size].copy_(hidden), logits)

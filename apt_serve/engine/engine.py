@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+from apt_core.models.decoder import DecoderForCausalLM
 from apt_serve.engine.block_manager import BlockManager
 from apt_serve.engine.client import GenerationOutput, GenerationRequest, ModelInfo
 from apt_serve.engine.config import EngineConfig
@@ -60,6 +61,8 @@ class Engine:
         """Load what ``config`` names, or take a model that is loaded already."""
         loaded = model or load(config)
         self.model: ModelInfo = loaded.info
+        """Its weight_version is that of new sequences."""
+        self.served = loaded.served
         self._executor = loaded.executor
         self._blocks = BlockManager(loaded.num_kv_blocks, config.block_size, config.enable_prefix_caching)
         self._scheduler = Scheduler(
@@ -158,6 +161,23 @@ class Engine:
             return None
         self._recorder.finish(seq, "abort")
         return SequenceDelta(seq_id, self._outputs.abort(seq))
+
+    def add_weights(self, weight_version: str, model: DecoderForCausalLM) -> None:
+        """Take further weights beside those there are; sequences name the version they run on.
+
+        Raises:
+            SwapError: the model runs where that cannot be done.
+        """
+        self._executor.add_weights(weight_version, model)
+
+    def prepare_weights(self, weight_version: str) -> bool:
+        """Do a part of what is to be done before sequences may run on added weights; False if nothing is left."""
+        return self._executor.prepare_weights(weight_version)
+
+    def drop_weights(self, weight_version: str) -> None:
+        """Free weights that no sequence runs on. Steps under way are taken in first by whoever counts sequences."""
+        assert not self._scheduler.num_on(weight_version)
+        self._executor.drop_weights(weight_version)
 
     def sequences_of(self, request: GenerationRequest) -> list[Sequence]:
         """One new sequence for each of the request's choices, to be added."""

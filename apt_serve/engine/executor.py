@@ -6,10 +6,13 @@ scheduled and launched meanwhile. The model runner in the engine's own thread is
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from apt_core.errors import AptError
 from apt_serve.engine.step import StepInput, StepOutput
+
+if TYPE_CHECKING:
+    from apt_core.models.decoder import DecoderForCausalLM
 
 Handle = TypeVar("Handle")
 """Of a step under way."""
@@ -37,6 +40,22 @@ class Executor(Protocol[Handle]):
 
     def reset(self) -> None:
         """Forget what a failed step may have left behind, so that the next step starts clean."""
+
+    def add_weights(self, weight_version: str, model: DecoderForCausalLM) -> None:
+        """Take further weights of the same shapes; steps name the version they run on.
+
+        Raises:
+            SwapError: this executor cannot.
+        """
+
+    def prepare_weights(self, weight_version: str) -> bool:
+        """Do a part of what is to be done before steps run on weights that were added; False if nothing is left.
+
+        What a part takes, running sequences wait.
+        """
+
+    def drop_weights(self, weight_version: str) -> None:
+        """Free weights on which no step runs any more, if there are such."""
 
     @property
     def is_alive(self) -> bool:

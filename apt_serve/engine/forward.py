@@ -28,6 +28,10 @@ class ForwardOutput:
 class Forward(Protocol):
     """Computes a step for the rows of the persistent batch; new keys and values are stored."""
 
+    @property
+    def model(self) -> DecoderForCausalLM:
+        """Whose steps these are."""
+
     def __call__(self, step: StepInput, sampling: list[int]) -> ForwardOutput:
         """Compute the step; ``sampling`` are the indices of the scheduled sequences that sample."""
 
@@ -37,7 +41,7 @@ class LinkedForward:
 
     def __init__(self, linked: ops.DecoderLayers, model: DecoderForCausalLM, batch: PersistentBatch) -> None:
         self._linked = linked
-        self._model = model
+        self.model = model
         self._token_ids = torch.from_numpy(batch.token_ids)
         self._block_tables = torch.from_numpy(batch.block_tables)
 
@@ -53,7 +57,7 @@ class LinkedForward:
             sampled=sampling,
         )
         if logits is None:
-            logits = wide_logits(self._model, select_rows(hidden, step.last_rows(sampling)))
+            logits = wide_logits(self.model, select_rows(hidden, step.last_rows(sampling)))
         return ForwardOutput(hidden, logits)
 
 
@@ -61,15 +65,15 @@ class PackedForward:
     """The model's own ops over packed tensors."""
 
     def __init__(self, model: DecoderForCausalLM, kv_cache: list[LayerKVCache], batch: PersistentBatch) -> None:
-        self._model = model
+        self.model = model
         self._kv_cache = kv_cache
         self._batch = batch
 
     def __call__(self, step: StepInput, sampling: list[int]) -> ForwardOutput:
         """See Forward."""
         inputs = self._batch.build(step)
-        hidden = self._model(self._model.embed(inputs.input_ids), inputs.positions, inputs.metadata, self._kv_cache)
-        return ForwardOutput(hidden, wide_logits(self._model, select_rows(hidden, step.last_rows(sampling))))
+        hidden = self.model(self.model.embed(inputs.input_ids), inputs.positions, inputs.metadata, self._kv_cache)
+        return ForwardOutput(hidden, wide_logits(self.model, select_rows(hidden, step.last_rows(sampling))))
 
 
 def wide_logits(model: DecoderForCausalLM, hidden: torch.Tensor) -> torch.Tensor:

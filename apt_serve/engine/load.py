@@ -6,20 +6,18 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from apt_core.checkpoint import Checkpoint, PackedCache, load_into, open_checkpoint
+from apt_core.checkpoint import Checkpoint, open_checkpoint
 from apt_core.errors import ConfigError
 from apt_core.kv_cache import allocate_kv_cache
+from apt_core.manifest import version_of
 from apt_core.model_config import ModelConfig
-from apt_core.models.decoder import fuse_projections, pack_linears
 from apt_core.models.joining import join_ranks
 from apt_core.models.sharding import DECODER_PLAN, Shard, check_divisible
 from apt_core.parallel import Communicator
-from apt_core.quantization import WeightPrecision
-from apt_core.registry import build_model
 from apt_kernels import ops
 from apt_kernels.cpu import native
 from apt_serve.engine.client import ModelInfo
@@ -30,13 +28,24 @@ from apt_serve.engine.kv_memory import kv_memory, num_kv_blocks
 from apt_serve.engine.model_runner import ModelRunner
 from apt_serve.engine.ranks import Ranks
 from apt_serve.engine.tensor_parallel import TensorParallelExecutor
+from apt_serve.engine.weights import WeightForm, load_weights, num_weight_bytes
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"cpu": ("float32", "bfloat16", "int8", "int4"), "cuda": ("float8", "int8", "int4")}
-"""That weights can be made to have on a device, beside dtype's own."""
 MAX_STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
 """A processor computes a step where it launches it."""
+
+
+@dataclass(frozen=True)
+class ServedWeights:
+    """Where weights came from and what became of them."""
+
+    checkpoint: Checkpoint
+    tokenizer: str | None
+    """The setting: what takes the place of the checkpoint's own."""
+    form: WeightForm
+    num_bytes: int
+    """In memory."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class LoadedModel:
     info: ModelInfo
     executor: Executor[Any]
     num_kv_blocks: int
+    served: ServedWeights | None = None
+    """What others would have to replace; None where the model is from no checkpoint."""
 
 
 def load(config: EngineConfig, checkpoint: Checkpoint | None = None) -> LoadedModel:
@@ -86,27 +97,13 @@ def load_rank(config: EngineConfig, checkpoint: Checkpoint, communicator: Commun
     device = _device(config) if communicator is None else communicator.device
     if device.type == "cpu":
         native.log_state()
-    dtype = _dtype(config, checkpoint.config, device)
-    precision = _weight_precision(config, "weight_precision", dtype, device)
-    head_precision = _weight_precision(config, "lm_head_precision", dtype, device)
+    form = WeightForm.of(config, checkpoint.config, device)
     max_model_len = _max_model_len(config, checkpoint.config)
-    kv_dtype = _kv_cache_dtype(config, dtype)
+    kv_dtype = _kv_cache_dtype(config, form.dtype)
 
     shard = None if communicator is None else Shard(DECODER_PLAN, communicator.rank, communicator.size)
     model_config = checkpoint.config if shard is None else shard.config(checkpoint.config)
-    cache = None
-    if device.type == "cpu" and native.is_enabled() and shard is None:
-        cache = PackedCache(checkpoint, dtype=dtype, precision=precision, head_precision=head_precision)
-    model = cache.read() if cache is not None else None
-    if model is None:
-        model = build_model(model_config)
-        keeps_quantized = _keeps_quantized(checkpoint, precision, dtype, device)
-        load_into(model, checkpoint, dtype=dtype, device=device, keeps_quantized=keeps_quantized, shard=shard)
-        model.eval().requires_grad_(False)
-        fuse_projections(model)
-        pack_linears(model, precision, head_precision)
-        if cache is not None:
-            cache.write(model)
+    model = load_weights(checkpoint, form, shard=shard)
     if shard is not None and communicator is not None:
         join_ranks(model, checkpoint.config, shard, communicator)
     num_blocks = num_kv_blocks(config, model_config, kv_dtype, max_model_len, kv_memory(model, config, device))
@@ -122,6 +119,7 @@ def load_rank(config: EngineConfig, checkpoint: Checkpoint, communicator: Commun
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         eos_token_ids=info.eos_token_ids,
+        weight_version=info.weight_version,
         pads_decodes=device.type == "cuda",
         max_steps_in_flight=MAX_STEPS_IN_FLIGHT[device.type],
     )
@@ -131,8 +129,8 @@ def load_rank(config: EngineConfig, checkpoint: Checkpoint, communicator: Commun
         "%s ready in %.1f s: %s, weights %s, on %s, %d threads, %d KV blocks of %d tokens (%s), contexts up to %d",
         info.name,
         time.perf_counter() - started,
-        str(dtype).removeprefix("torch."),
-        precision or ("as stored" if checkpoint.is_quantized else "alike"),
+        str(form.dtype).removeprefix("torch."),
+        form.precision or ("as stored" if checkpoint.is_quantized else "alike"),
         device,
         torch.get_num_threads(),
         num_blocks,
@@ -140,7 +138,8 @@ def load_rank(config: EngineConfig, checkpoint: Checkpoint, communicator: Commun
         str(kv_dtype).removeprefix("torch."),
         max_model_len,
     )
-    return LoadedModel(info, runner, num_blocks)
+    served = ServedWeights(checkpoint, config.tokenizer, form, num_weight_bytes(model))
+    return LoadedModel(info, runner, num_blocks, served)
 
 
 def _load_rank_of(config: EngineConfig, communicator: Communicator) -> Executor[Any]:
@@ -154,46 +153,6 @@ def _device(config: EngineConfig) -> torch.device:
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the device multiplies in it; on a GPU float16 for a float16 checkpoint; else float32."""
-    if config.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        return dtype
-    if device.type == "cuda":
-        return torch.float16 if model.dtype == "float16" else torch.bfloat16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def _weight_precision(
-    config: EngineConfig,
-    field: Literal["weight_precision", "lm_head_precision"],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> WeightPrecision | None:
-    """What one of the two settings asks for; None: auto."""
-    precision = config.weight_precision if field == "weight_precision" else config.lm_head_precision
-    if precision == "auto":
-        return None
-    known = PRECISIONS[device.type]
-    if precision not in known:
-        raise ConfigError(f"must be one of {', '.join(known)} on {device}, got {precision}", field=field)
-    if not _can_pack(dtype, device):
-        raise ConfigError(f"{precision} goes with dtype float32 or bfloat16, not {config.dtype}", field=field)
-    return precision
-
-
-def _keeps_quantized(
-    checkpoint: Checkpoint, precision: WeightPrecision | None, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether weights in fewer bits stay so until they are packed; a GGUF's 4 bits only if int4 is asked for."""
-    return _can_pack(dtype, device) and (checkpoint.is_quantized or precision == "int4")
-
-
-def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the products of packed weights take x of this dtype."""
-    return dtype in ((torch.float32, torch.bfloat16) if device.type == "cpu" else ops.TRITON_DTYPES)
 
 
 def _kv_cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
@@ -223,4 +182,5 @@ def _model_info(config: EngineConfig, checkpoint: Checkpoint, max_model_len: int
         tokenizer=checkpoint.tokenizer,
         eos_token_ids=frozenset(checkpoint.generation.eos_token_ids),
         default_sampling=checkpoint.generation.sampling_defaults,
+        weight_version=version_of(checkpoint.path),
     )

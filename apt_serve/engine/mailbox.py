@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+from apt_core.manifest import UNPUBLISHED
 from apt_serve.engine.client import GenerationOutput
 
 
 class Mailbox:
     """Deltas of one request's choices between the engine's thread and their reader. Used on the event loop only."""
 
-    def __init__(self, num_choices: int) -> None:
+    def __init__(self, num_choices: int, weight_version: str = UNPUBLISHED) -> None:
+        self.weight_version = weight_version
+        """Of all choices."""
         self._num_unfinished = num_choices
         self._pending: dict[int, GenerationOutput] = {}
         self._error: Exception | None = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from apt_core.kv_cache import LayerKVCache
+from apt_core.manifest import UNPUBLISHED
 from apt_core.models.decoder import DecoderForCausalLM
 from apt_core.models.linked import link_layers
 from apt_serve.engine.client import TokenLogprobs
@@ -42,6 +43,7 @@ class ModelRunner:
     can be launched while the first runs: its input tokens are then taken from where the first one leaves them.
 
     Args:
+        weight_version: of the model.
         pads_decodes: pad decode steps to fixed sizes, which a GPU's graphs need.
     """
 
@@ -53,12 +55,14 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         eos_token_ids: frozenset[int],
+        weight_version: str = UNPUBLISHED,
         pads_decodes: bool = False,
         max_steps_in_flight: int = 1,
     ) -> None:
         keys = kv_cache[0].keys
-        self._model = model
+        self._kv_cache = kv_cache
         self._max_num_seqs = max_num_seqs
+        self._pads_decodes = pads_decodes
         self.max_steps_in_flight = max_steps_in_flight
         """See Executor."""
         self._batch = PersistentBatch(
@@ -68,15 +72,10 @@ class ModelRunner:
             device=keys.device,
             is_ahead=max_steps_in_flight > 1,
         )
-        self._forward: Forward
-        if pads_decodes:
-            self._forward = PaddedForward(
-                model, kv_cache, self._batch, max_num_seqs=max_num_seqs, max_model_len=max_model_len
-            )
-        elif linked := link_layers(model, kv_cache, max_model_len):
-            self._forward = LinkedForward(linked, model, self._batch)
-        else:
-            self._forward = PackedForward(model, kv_cache, self._batch)
+        self._weight_version = weight_version
+        """Of ``_forward``, which the latest step has run on."""
+        self._forward = self._make_forward(model)
+        self._forwards = {weight_version: self._forward}
         self._sampler = Sampler(
             num_slots=num_slots(max_num_seqs, max_steps_in_flight),
             vocab_size=model.config.vocab_size,
@@ -86,9 +85,32 @@ class ModelRunner:
         self._num_prompt_logprobs: dict[int, int] = {}
         """By slot, of the sequences that want any."""
 
+    def add_weights(self, weight_version: str, model: DecoderForCausalLM) -> None:
+        """See Executor."""
+        assert weight_version not in self._forwards
+        with torch.inference_mode():
+            self._forwards[weight_version] = self._make_forward(model)
+
+    def prepare_weights(self, weight_version: str) -> bool:
+        """See Executor: on a GPU a part is one graph."""
+        forward = self._forwards[weight_version]
+        return isinstance(forward, PaddedForward) and self._batch.device.type == "cuda" and forward.capture_next()
+
+    def drop_weights(self, weight_version: str) -> None:
+        """See Executor."""
+        if self._batch.device.type == "cuda":
+            torch.cuda.synchronize(self._batch.device)  # a graph must not go while it is being replayed
+        self._forwards.pop(weight_version, None)
+        if weight_version == self._weight_version:
+            self._weight_version, self._forward = next(iter(self._forwards.items()))
+        if self._batch.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def launch(self, step: StepInput) -> LaunchedStep:
         """See Executor."""
+        if step.weight_version != self._weight_version:
+            self._weight_version, self._forward = step.weight_version, self._forwards[step.weight_version]
         self._apply_changes(step)
         sampling = [i for i, s in enumerate(step.scheduled) if s.samples]
         forward = self._forward(step, sampling)
@@ -130,11 +152,21 @@ class ModelRunner:
             num_tokens = 1
             while num_tokens < 2 * most:
                 step = warm_up_step(min(num_tokens, most), self._batch.block_size, sampling, max_model_len)
-                self.collect(self.launch(step))
+                self.collect(self.launch(replace(step, weight_version=self._weight_version)))
                 num_tokens *= 2
         self._apply_changes(StepInput((), (), removed_slots=tuple(range(self._max_num_seqs))))
-        if isinstance(self._forward, PaddedForward) and self._batch.device.type == "cuda":
-            self._forward.capture()
+        while self.prepare_weights(self._weight_version):
+            pass
+
+    def _make_forward(self, model: DecoderForCausalLM) -> Forward:
+        max_model_len = self._batch.max_model_len
+        if self._pads_decodes:
+            return PaddedForward(
+                model, self._kv_cache, self._batch, max_num_seqs=self._max_num_seqs, max_model_len=max_model_len
+            )
+        if linked := link_layers(model, self._kv_cache, max_model_len):
+            return LinkedForward(linked, model, self._batch)
+        return PackedForward(model, self._kv_cache, self._batch)
 
     def _apply_changes(self, step: StepInput) -> None:
         for slot in step.removed_slots:
@@ -177,7 +209,7 @@ class ModelRunner:
             count = min(PROMPT_LOGPROBS_ROWS, end - start)
             row = first_row + start - s.start
             targets = to_device(self._batch.token_ids[s.slot, start + 1 : start + 1 + count], self._batch.device)
-            logits = wide_logits(self._model, hidden[row : row + count])
+            logits = wide_logits(self._forward.model, hidden[row : row + count])
             found.append(gather_logprobs(logits, targets, [wanted] * count))
         return found
 

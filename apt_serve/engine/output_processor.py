@@ -91,7 +91,9 @@ class OutputProcessor:
     def abort(self, seq: Sequence) -> GenerationOutput:
         """The last output of a sequence that is ended from outside: what text was held back."""
         text = _flush(self._states.pop(seq.seq_id))
-        return GenerationOutput(seq.index, text, (), None, "abort", None, seq.num_cached_tokens)
+        return GenerationOutput(
+            seq.index, text, (), None, "abort", None, seq.num_cached_tokens, weight_version=seq.weight_version
+        )
 
     def _take(self, token_id: int, seq: Sequence, state: _State, delta: _Delta) -> None:
         """Add one token to the delta; sets its finish reason if the generation ends here."""
@@ -154,4 +156,5 @@ def _make_output(
         stop_reason=delta.stop_reason,
         num_cached_tokens=seq.num_cached_tokens,
         prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
+        weight_version=seq.weight_version,
     )

@@ -39,6 +39,7 @@ def make_sequences(request: GenerationRequest, model: ModelInfo, arrival_order: 
             priority=request.priority,
             arrival_time=time.monotonic(),
             arrival_order=arrival_order,
+            weight_version=request.weight_version or model.weight_version,
         )
         for index in range(sampling.n)
     ]

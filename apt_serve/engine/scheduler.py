@@ -19,6 +19,8 @@ from apt_serve.engine.step import AddedSequence, ScheduledSequence, SequenceOutp
 class _Plan:
     """The step under construction."""
 
+    weight_version: str
+    """Only sequences that run on these weights can be part of it."""
     budget: int
     """Tokens it can still take."""
     added: list[AddedSequence] = field(default_factory=list)
@@ -56,6 +58,10 @@ class Scheduler:
     preemption undo it at once. If the policy lets it displace running ones, it is served before them, and preempts from
     the last one on if it lacks a place or blocks that they can supply. Nobody overtakes the first that does not fit.
 
+    A step has sequences of one weight version. While there are several, versions take turns; whose turn it is not keeps
+    what it holds, but ranks with all others where room is made. As the first of all can take every block in its turn,
+    there is progress then, too.
+
     A step may be scheduled while steps before it are under way: sequences count the tokens in flight, and a slot that
     was given up goes to nobody until every step that names it has been taken in.
     """
@@ -77,6 +83,8 @@ class Scheduler:
         self._blocks = block_manager
         self._policy = policy
         self._sequences: dict[str, Sequence] = {}
+        self._num_on: dict[str, int] = {}
+        """Sequences on each weight version that has any, the version whose turn comes next first."""
         self._waiting = WaitingQueue(policy)
         self._running: list[Sequence] = []
         """In the policy's order."""
@@ -132,6 +140,7 @@ class Scheduler:
                 param="max_tokens",
             )
         self._sequences[seq.seq_id] = seq
+        self._num_on[seq.weight_version] = self._num_on.get(seq.weight_version, 0) + 1
         self._waiting.push(seq)
 
     def abort(self, seq_id: str) -> Sequence | None:
@@ -144,6 +153,9 @@ class Scheduler:
     def finish(self, seq: Sequence) -> None:
         """Free the blocks and the slot of a sequence that needs no further step."""
         del self._sequences[seq.seq_id]
+        self._num_on[seq.weight_version] -= 1
+        if not self._num_on[seq.weight_version]:
+            del self._num_on[seq.weight_version]
         if seq.slot < 0:
             self._waiting.discard(seq)
         else:
@@ -151,24 +163,40 @@ class Scheduler:
 
     def schedule(self) -> StepInput | None:
         """The next step, or None if there is nothing to compute."""
-        plan = _Plan(self._max_num_batched_tokens)
         self.first_scheduled = []
         while self._retired_slots and self._retired_slots[0][0] <= self._num_finished_steps:
             heapq.heappush(self._free_slots, self._retired_slots.popleft()[1])
+        for weight_version in list(self._num_on):
+            plan = self._fill(_Plan(weight_version, self._max_num_batched_tokens))
+            if plan.single or plan.chunks:
+                self._end_turn(weight_version)
+                self._num_scheduled_steps += 1
+                removed, self._removed_slots = tuple(self._removed_slots), []
+                return StepInput(tuple(plan.added), (*plan.single, *plan.chunks), removed, weight_version)
+        return None
+
+    def num_on(self, weight_version: str) -> int:
+        """Sequences, running and waiting, on these weights."""
+        return self._num_on.get(weight_version, 0)
+
+    def _end_turn(self, weight_version: str) -> None:
+        if len(self._num_on) > 1:
+            self._num_on[weight_version] = self._num_on.pop(weight_version)
+
+    def _fill(self, plan: _Plan) -> _Plan:
+        """Schedule what can run on the plan's weights."""
         pending = deque(self._running)
+        is_mixed = len(self._num_on) > 1
         while True:
             newcomer = self._next_to_join(pending, plan)
             if newcomer is not None:
                 self._join(newcomer, pending, plan)
             elif pending:
-                self._continue(pending.popleft(), pending, plan)
+                seq = pending.popleft()
+                if not is_mixed or seq.weight_version == plan.weight_version:
+                    self._continue(seq, pending, plan)
             else:
-                break
-        if not plan.single and not plan.chunks:
-            return None
-        self._num_scheduled_steps += 1
-        removed, self._removed_slots = tuple(self._removed_slots), []
-        return StepInput(added=tuple(plan.added), scheduled=(*plan.single, *plan.chunks), removed_slots=removed)
+                return plan
 
     def update(self, step: StepInput, output: StepOutput) -> list[tuple[Sequence, SequenceOutput]]:
         """Take in what the oldest step under way computed; sequences that have left meanwhile are skipped."""
@@ -207,7 +235,7 @@ class Scheduler:
         first = self._waiting.peek()
         if first is None or (pending and not self._policy.may_displace(first, pending[0])):
             return None
-        return first
+        return first if first.weight_version == plan.weight_version else None
 
     def _join(self, seq: Sequence, pending: deque[Sequence], plan: _Plan) -> None:
         """Let a waiting sequence run, if it can be given what it needs."""

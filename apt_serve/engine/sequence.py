@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from apt_core.manifest import UNPUBLISHED
 from apt_serve.engine.sampling_params import SamplingParams
 
 
@@ -32,6 +33,8 @@ class Sequence:
     """Breaks ties of priority and time."""
     extra_keys: tuple[str, ...] = ()
     """Part of the prefix-cache key: equal tokens under different extra keys never share blocks."""
+    weight_version: str = UNPUBLISHED
+    """Of the weights it runs on from first to last; part of the prefix-cache key too."""
 
     num_in_flight: int = 0
     """Tokens after these that steps under way are sampling."""

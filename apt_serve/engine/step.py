@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
+from apt_core.manifest import UNPUBLISHED
 from apt_serve.engine.client import TokenLogprobs
 from apt_serve.engine.sampling_params import SamplingParams
 
@@ -47,6 +48,8 @@ class StepInput:
     scheduled: tuple[ScheduledSequence, ...]
     removed_slots: tuple[int, ...]
     """Rows freed since the last step (finished, aborted, preempted); applied before ``added``."""
+    weight_version: str = UNPUBLISHED
+    """Of all sequences in ``scheduled``."""
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Generic
 
+from apt_core.models.decoder import DecoderForCausalLM
 from apt_serve.engine.executor import EngineBrokenError, Executor, Handle
+from apt_serve.engine.handover import SwapError
 from apt_serve.engine.rank_worker import Order
 from apt_serve.engine.ranks import Ranks
 from apt_serve.engine.step import StepInput, StepOutput
@@ -52,6 +54,17 @@ class TensorParallelExecutor(Generic[Handle]):
 
     def reset(self) -> None:
         """See Executor: after a failed step there is no next one."""
+
+    def add_weights(self, weight_version: str, model: DecoderForCausalLM) -> None:
+        """See Executor: the other ranks would have to load theirs too."""
+        raise SwapError("a model that several ranks share cannot change its weights: replace the replica")
+
+    def prepare_weights(self, weight_version: str) -> bool:
+        """See Executor: none can be added."""
+        return False
+
+    def drop_weights(self, weight_version: str) -> None:
+        """See Executor: none can be added."""
 
     @property
     def is_alive(self) -> bool:

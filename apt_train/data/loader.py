@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import queue
@@ -17,12 +18,12 @@ from apt_core.tokenizer import Tokenizer
 from apt_train.data.batch import MicroBatch
 from apt_train.data.config import DataConfig
 from apt_train.data.packing import empty_batch, pack
-from apt_train.data.sources import SourceFile, find_files
+from apt_train.data.records import SourceFile
+from apt_train.data.sources import find_files
 from apt_train.data.stream import DocumentStream, Position, Split
 
-_POLL_S = 0.1
-_FREE_FIELDS = frozenset(
-    {"paths", "validation_paths", "epochs", "prefetch", "micro_batch_tokens", "max_documents", "cut_documents"}
+_FREE_FIELDS = frozenset({"paths", "validation_paths", "epochs", "on_bad_record", "prefetch"}) | frozenset(
+    {"micro_batch_tokens", "max_documents", "cut_documents"}
 )
 """Settings that may change at a resume: the order of documents stays as it is. Files are compared by themselves."""
 
@@ -79,7 +80,7 @@ class DataLoader:
         end = _end_token(config, tokenizer, end_id)
         self._stream = DocumentStream(self._files, config, tokenizer, split, end)
         self._identity = _identity(config, self._files) | {"end_of_document": end, "split": split}
-        next(self._stream.documents(Position()))
+        next(document for document in self._stream.documents(Position()) if len(document.ids) > 1)
         self._stream.num_skipped = 0
         self._position, self._num_consumed = Position(), 0
         self._reader: _Reader | None = None
@@ -93,12 +94,23 @@ class DataLoader:
         return self
 
     def __next__(self) -> MicroBatch:
+        """The next micro-batch.
+
+        Raises:
+            ConfigError: a file or a record cannot be read.
+            OSError: of the disk or the network; calling again tries again.
+        """
         if self._reader is None:
             self._reader = _Reader(self._groups(), self._config.prefetch)
-            weakref.finalize(self, self._reader.stop)
+            self._finalizer = weakref.finalize(self, self._reader.stop)
         begin = time.perf_counter()
-        ready = self._reader.get()
-        self.wait_seconds += time.perf_counter() - begin
+        try:
+            ready = self._reader.get()
+        except OSError:
+            self.close()
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - begin
         self._position = ready.end
         self._num_consumed += self._num_ranks
         return ready.batch
@@ -130,6 +142,7 @@ class DataLoader:
     def close(self) -> None:
         """Stop reading ahead; the next micro-batch starts it again from the same place."""
         if self._reader is not None:
+            self._finalizer.detach()
             self._reader.close()
             self._reader = None
 
@@ -166,6 +179,10 @@ class _Reader:
 
     def stop(self) -> None:
         self._stopped.set()
+        # Makes room for what the thread may be waiting to put, which is the last it does.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
 
     def close(self) -> None:
         self.stop()
@@ -174,20 +191,12 @@ class _Reader:
     def _run(self) -> None:
         try:
             for item in self._items:
-                if not self._put(item):
+                self._queue.put(item)
+                if self._stopped.is_set():
                     return
-            self._put(StopIteration())
+            self._queue.put(StopIteration())
         except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: _Ready | BaseException) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=_POLL_S)
-                return True
-            except queue.Full:
-                continue
-        return False
+            self._queue.put(error)
 
 
 def _check_vocabulary(config: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> None:

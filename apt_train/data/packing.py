@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ def pack(documents: Iterable[Document], num_tokens: int, max_documents: int, *, 
                 yield Packed(open_batch.close(), end)
                 open_batch = _OpenBatch(num_tokens, max_documents)
             taken = open_batch.add(document, position.token)
-            position = end = replace(position, token=position.token + taken)
-        end = replace(position, document=position.document + 1, token=0)
+            position = end = position.at_token(position.token + taken)
+        end = position.next_document()
     if open_batch.length:
         yield Packed(open_batch.close(), end)
 

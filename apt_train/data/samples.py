@@ -9,7 +9,10 @@ from typing import Any
 from apt_core.errors import AptError, InvalidRequestError
 from apt_core.tokenizer import Tokenizer
 from apt_train.data.config import DataConfig
-from apt_train.data.sources import MAX_LINE_BYTES, Record
+from apt_train.data.records import MAX_LINE_BYTES, Record
+
+_BYTE_ORDER_MARK = "\ufeff"
+"""What some editors begin a file with; json.loads knows it."""
 
 
 class BadRecordError(AptError, ValueError):
@@ -83,13 +86,13 @@ def _text(value: Any) -> Sample:
 
 
 def _value(record: Record, config: DataConfig) -> Any:
-    if record.file.format == "parquet":
-        return record.data
-    if record.file.format == "text":
-        try:
-            return record.data.decode(config.encoding)
-        except UnicodeDecodeError as error:
-            raise BadRecordError(f"is not {config.encoding}: {error}") from None
+    try:
+        if record.file.format == "parquet":
+            return record.data.as_py()
+        if record.file.format == "text":
+            return record.data.decode(config.encoding).removeprefix("" if record.begin else _BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"is not {error.encoding}: {error.reason}") from None
     if not record.data:
         raise BadRecordError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:

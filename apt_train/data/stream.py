@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,12 +22,18 @@ import numpy.typing as npt
 from apt_core.errors import ConfigError
 from apt_core.tokenizer import Tokenizer
 from apt_train.data.config import DataConfig
+from apt_train.data.records import Record, SourceFile, read_records
 from apt_train.data.samples import BadRecordError, Sample, read_sample
-from apt_train.data.sources import Record, SourceFile, read_records
 
 Split = Literal["train", "validation"]
 _BATCH_CHARACTERS = 1 << 18
-"""Text that is tokenized in one call."""
+"""Text that is tokenized in one call, at most."""
+_FIRST_BATCH_CHARACTERS = 1 << 12
+_LEAST_TOKENS = 2
+"""Of a document in which there is something to predict."""
+_TOLD = frozenset(10**power for power in range(12))
+"""Numbers of skipped records at which the log says so."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,18 @@ class Position:
     """Documents of the shuffled window that are done."""
     token: int = 0
     """Predictions of the next document that are done."""
+
+    def beginning(self) -> Position:
+        """Of the window."""
+        return Position(self.epoch, self.file, self.offset)
+
+    def at_token(self, token: int) -> Position:
+        """In the same document."""
+        return Position(self.epoch, self.file, self.offset, self.document, token)
+
+    def next_document(self) -> Position:
+        """Its beginning."""
+        return Position(self.epoch, self.file, self.offset, self.document + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +103,9 @@ class DocumentStream:
         """Tokenized documents from a position on, through all epochs.
 
         Raises:
-            ConfigError: a record cannot be read and ``on_bad_record`` is error, or an epoch has no documents.
+            ConfigError: a file or, where ``on_bad_record`` is error, a record cannot be read, or there is nothing to
+                predict in a whole epoch.
+            OSError: of the disk or the network.
         """
         for epoch in itertools.count(start.epoch):
             if self._config.epochs is not None and epoch >= self._config.epochs:
@@ -93,23 +114,25 @@ class DocumentStream:
                 start = Position(epoch)
             is_empty = start == Position(epoch)
             for window in self._windows(start):
-                is_empty = False
-                yield from self._tokenized(window, start if window.start == _beginning(start) else window.start)
+                for document in self._tokenized(window, start if window.start == start.beginning() else window.start):
+                    is_empty = is_empty and len(document.ids) < _LEAST_TOKENS
+                    yield document
             if is_empty:
-                raise ConfigError(f"there are no documents for {self._split}", field="data.paths")
+                what = f"no document for {self._split} has {_LEAST_TOKENS} tokens; skipped: {self.num_skipped}"
+                raise ConfigError(what, field="data.paths")
 
     def _windows(self, start: Position) -> Iterator[_Window]:
         limit = self._config.shuffle_mib * (1 << 20)
-        begin, samples, num_bytes = _beginning(start), list[Sample](), 0.0
+        begin, samples, num_bytes = start.beginning(), list[Sample](), 0
         for file, record in self._records(start):
-            sample = self._read(record)
-            if sample is None:
-                continue
-            samples.append(sample)
+            # Records of the other split and those that are skipped count as well: then windows are the same whatever
+            # becomes of records, and a few held-out documents are not searched for in a whole data set.
             num_bytes += record.num_bytes
+            if (sample := self._read(record)) is not None:
+                samples.append(sample)
             if num_bytes >= limit:
                 yield _Window(begin, samples)
-                begin, samples, num_bytes = Position(start.epoch, file, record.end), [], 0.0
+                begin, samples, num_bytes = Position(start.epoch, file, record.end), [], 0
         if samples:
             yield _Window(begin, samples)
 
@@ -123,19 +146,21 @@ class DocumentStream:
 
     def _read(self, record: Record) -> Sample | None:
         """The document of a record, or None where it belongs to the other split or is skipped."""
-        if self._config.validation_share and not self._is_ours(record):
-            return None
         try:
-            return read_sample(record, self._config, self._tokenizer)
+            sample = read_sample(record, self._config, self._tokenizer)
         except BadRecordError as error:
             if self._config.on_bad_record == "error":
                 raise ConfigError(f"{record.place}: {error}", field="data.paths") from None
             self.num_skipped += 1
+            if self.num_skipped in _TOLD:
+                log.warning("records skipped so far: %d; the last is %s: %s", self.num_skipped, record.place, error)
             return None
+        return sample if not self._config.validation_share or self._is_ours(sample) else None
 
-    def _is_ours(self, record: Record) -> bool:
-        data = record.data if isinstance(record.data, bytes) else repr(record.data).encode(errors="surrogatepass")
-        number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
+    def _is_ours(self, sample: Sample) -> bool:
+        """By the text alone, so that copies of a document are all on one side."""
+        text = "".join(segment.text for segment in sample)
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
         return (number < self._config.validation_share * 2**64) == (self._split == "validation")
 
     def _tokenized(self, window: _Window, start: Position) -> Iterator[Document]:
@@ -147,7 +172,7 @@ class DocumentStream:
         for batch in _batches([window.samples[index] for index in order[start.document :]]):
             for ids, is_scored in self._encode(batch):
                 yield Document(ids, is_scored, position)
-                position = replace(position, document=position.document + 1, token=0)
+                position = position.next_document()
 
     def _encode(self, samples: list[Sample]) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
         is_text = self._config.content == "text"
@@ -155,23 +180,22 @@ class DocumentStream:
         encoded = iter(self._tokenizer.encode_batch(texts, add_special_tokens=is_text))
         for sample in samples:
             parts = [next(encoded) for _ in sample]
-            scored = [segment.is_scored for segment in sample]
-            lengths = [len(part) for part in parts]
             ids = np.array([*itertools.chain.from_iterable(parts), *self._end], dtype=np.int64)
-            yield ids, np.concatenate([np.repeat(scored, lengths), np.ones(len(self._end), dtype=np.bool_)])
-
-
-def _beginning(position: Position) -> Position:
-    return replace(position, document=0, token=0)
+            is_scored, begin = np.ones(len(ids), dtype=np.bool_), 0
+            for segment, part in zip(sample, parts, strict=True):
+                is_scored[begin : begin + len(part)] = segment.is_scored
+                begin += len(part)
+            yield ids, is_scored
 
 
 def _batches(samples: list[Sample]) -> Iterator[list[Sample]]:
-    batch, size = list[Sample](), 0
+    """Small ones first, so that the first document does not wait for many."""
+    batch, size, limit = list[Sample](), 0, _FIRST_BATCH_CHARACTERS
     for sample in samples:
         batch.append(sample)
         size += sum(len(segment.text) for segment in sample)
-        if size >= _BATCH_CHARACTERS:
+        if size >= limit:
             yield batch
-            batch, size = [], 0
+            batch, size, limit = [], 0, min(2 * limit, _BATCH_CHARACTERS)
     if batch:
         yield batch

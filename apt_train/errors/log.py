@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,18 @@ class ErrorLogger:
         """Write errors.md and errors.html to the folder."""
         patterns = self.analyze_error_patterns()
         files = ReportFiles(self._folder / "errors.md", self._folder / "errors.html")
-        files.markdown.write_text(to_markdown(patterns), encoding="utf-8")
-        files.html.write_text(to_html(patterns), encoding="utf-8")
+        _replace(files.markdown, to_markdown(patterns))
+        _replace(files.html, to_html(patterns))
         return files
 
     def _read(self) -> Iterator[ErrorRecord]:
         for path in sorted(self._folder.glob("errors-rank*.jsonl")):
             with path.open(encoding="utf-8", errors="replace") as file:
                 yield from (record for line in file if (record := ErrorRecord.from_line(line)))
+
+
+def _replace(path: Path, text: str) -> None:
+    """All at once: other ranks may write the same report."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -7,10 +7,11 @@ import gc
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -30,6 +31,8 @@ PASSING = frozenset(
 @dataclass(frozen=True)
 class RecoverySettings:
     """How much a run puts up with."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     max_parts: int = 64
     """A micro-batch that does not fit in memory is divided into at most so many parts."""
@@ -58,10 +61,19 @@ class OutOfMemoryRecovery:
     Args:
         file: keeps the number of parts for a restart; all ranks read it, so it must be on a disk they share.
         has_collectives: whether a step meets other ranks: then one rank cannot try again alone.
+        note: told of each error that is recovered from; it must not keep the error, whose frames hold tensors.
     """
 
-    def __init__(self, settings: RecoverySettings, file: Path, *, has_collectives: bool) -> None:
+    def __init__(
+        self,
+        settings: RecoverySettings,
+        file: Path,
+        *,
+        has_collectives: bool,
+        note: Callable[[RuntimeError], object] = lambda error: None,
+    ) -> None:
         self._settings, self._file, self._has_collectives = settings, file, has_collectives
+        self._note = note
         self.num_parts = _read_parts(file)
 
     def run(self, attempt: Callable[[int], T]) -> T:
@@ -81,7 +93,9 @@ class OutOfMemoryRecovery:
                 if not is_out_of_memory(error) or 2 * self.num_parts > self._settings.max_parts:
                     raise
                 self._divide_further(error)
-                if self._has_collectives:
+                if not self._has_collectives:
+                    self._note(error)
+                else:
                     message = f"out of memory; after the restart a micro-batch has {self.num_parts} parts"
                     raise RestartNeededError(message) from error
             # The error is gone here, and with it the frames that held the failed attempt's tensors.
@@ -110,22 +124,37 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, TimeoutError | ConnectionError) or (isinstance(error, OSError) and error.errno in PASSING)
 
 
-def with_backoff(call: Callable[[], T], settings: RecoverySettings, what: str) -> T:
+def with_backoff(
+    call: Callable[[], T],
+    settings: RecoverySettings,
+    what: str,
+    *,
+    note: Callable[[BaseException], object] = lambda error: None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
     """Call until no passing fault comes, with ever longer waits; ``what`` names the call in the log.
+
+    Args:
+        note: told of each fault that is not the last.
+        sleep: waits so many seconds.
 
     Raises:
         OSError: the fault does not pass, or ``io_attempts`` calls have failed: the last one's.
     """
 
-    def note(state: RetryCallState) -> None:
+    def tell(state: RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None
-        log.warning("%s failed, again in %.1f s: %s", what, state.next_action.sleep, state.outcome.exception())
+        error = state.outcome.exception()
+        assert error is not None
+        log.warning("%s failed, again in %.1f s: %s", what, state.next_action.sleep, error)
+        note(error)
 
     retrying = Retrying(
         retry=retry_if_exception(is_passing),
         wait=wait_random_exponential(settings.io_first_wait_s, settings.io_longest_wait_s),
         stop=stop_after_attempt(settings.io_attempts),
-        before_sleep=note,
+        before_sleep=tell,
+        sleep=sleep,
         reraise=True,
     )
     return retrying(call)

@@ -23,12 +23,13 @@ from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 
-from apt_core.errors import ConfigError
+from apt_core.errors import AptError, ConfigError
 from apt_train.errors.board import Board, Heartbeat, ProcessId, Stop
+from apt_train.errors.stop_report import report_text
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +49,25 @@ class ExitCode(IntEnum):
 class WatchdogSettings:
     """How soon a rank counts as lost. Found and reported: 10 s for a lost rank, 15 s for a stall, by default."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
     interval_s: float = 0.5
     """Between heartbeats."""
     silent_after_s: float = 7.0
     """Without a heartbeat for so long a rank counts as lost; one whose process has ended on this machine at once."""
     stall_after_s: float = 11.0
-    """Without a `progress` of the main thread for so long a rank counts as stalled. Longer than any part of a step."""
+    """Without progress of the main thread for so long a rank counts as stalled; for longer where the same phase of
+    another step took longer than a third of it."""
     start_s: float = 600.0
-    """The same until the second `progress`: the first step may compile."""
+    """The same for the first time of each phase, which may compile."""
     settle_s: float = 1.5
     """How long a report waits for what other ranks say."""
 
     def __post_init__(self) -> None:
         if not 0 < self.interval_s < self.silent_after_s:
             raise ConfigError("must be positive and less than silent_after_s", field="interval_s")
+        if not 0 < self.stall_after_s <= self.start_s:
+            raise ConfigError("must be positive and at most start_s", field="stall_after_s")
 
 
 def open_watchdog(settings: WatchdogSettings, folder: Path) -> Watchdog:
@@ -89,6 +95,7 @@ class Watchdog:
         self._step, self._phase, self._progress, self._count = 0, "start", 0, 0
         self._last_progress = time.monotonic()
         self._allowed_s = settings.start_s
+        self._usual: dict[str, _Phase] = {}
         self._end = threading.Event()
         self._ending = threading.Lock()
         self._stacks = self._board.stacks_file(rank).open("w", encoding="utf-8")
@@ -101,7 +108,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
+        if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
             self.fail(error)
         self._end.set()
         self._thread.join()
@@ -110,12 +117,14 @@ class Watchdog:
         self._stacks.close()
 
     def progress(self, step: int, phase: str = "step") -> None:
-        """The main thread has come this far; costs nothing, so call it with every micro-batch."""
-        self._step, self._phase = step, phase
+        """The main thread begins this phase; costs nothing, so call it with every micro-batch."""
+        now = time.monotonic()
+        if self._phase in self._usual:
+            self._usual[self._phase].took(now - self._last_progress)
+        usual = self._usual.setdefault(phase, _Phase())
+        self._allowed_s = usual.allowed_s(self.settings)
+        self._step, self._phase, self._last_progress = step, phase, now
         self._progress += 1
-        self._last_progress = time.monotonic()
-        if self._progress > 1:
-            self._allowed_s = self.settings.stall_after_s
 
     @contextmanager
     def allow(self, seconds: float, phase: str) -> Iterator[None]:
@@ -131,7 +140,8 @@ class Watchdog:
     def fail(self, error: BaseException) -> None:
         """Stop all ranks because of an error of this one. Does not return: the process ends."""
         text = "".join(traceback.format_exception(error))
-        print(text, file=sys.stderr, flush=True)
+        # What was raised on purpose says enough; the report has the rest.
+        print(f"{type(error).__name__}: {error}" if isinstance(error, AptError) else text, file=sys.stderr, flush=True)
         if _is_of_collective(error):
             self._wait_for_another_cause()
         cause = f"rank {self.rank} failed: {type(error).__name__}: {error}"
@@ -164,9 +174,15 @@ class Watchdog:
             self._stop_all(stop, ExitCode.STALLED if self.rank in stop.ranks else ExitCode.STOPPED)
         elif (lost := self._lost()) is not None:
             self._stop_all(lost, ExitCode.STOPPED)
-        elif time.monotonic() - self._last_progress > self._allowed_s:
+        elif self._is_stalled():
             cause = f"no progress for {self._allowed_s:g} s in phase {self._phase}"
             self._stop_all(Stop(cause, (), self._step, self.rank), ExitCode.STALLED)
+
+    def _is_stalled(self) -> bool:
+        """Not while any rank goes on, such as one that tries to read a file again: this one may wait for it."""
+        if time.monotonic() - self._last_progress <= self._allowed_s:
+            return False
+        return all(other.is_still_for_s > self.settings.stall_after_s for other in self._others if not other.is_done)
 
     def _arm(self) -> None:
         """Let a thread of C write the stacks, which runs even where Python holds the interpreter's lock for ever."""
@@ -232,48 +248,48 @@ class Watchdog:
             time.sleep(0.05)
 
 
+@dataclass
+class _Phase:
+    """How long a part of a step takes."""
+
+    count: int = 0
+    longest_s: float = 0.0
+
+    def took(self, seconds: float) -> None:
+        """The first time may have compiled, so the second one replaces it."""
+        self.longest_s = seconds if self.count == 1 else max(self.longest_s, seconds)
+        self.count += 1
+
+    def allowed_s(self, settings: WatchdogSettings) -> float:
+        return max(settings.stall_after_s, 3 * self.longest_s) if self.count else settings.start_s
+
+
 class _Other:
     """What this rank knows of another, by its own clock: clocks of machines differ."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.heartbeat: Heartbeat | None = None
-        self._changed = time.monotonic()
+        self._changed = self._went_on = time.monotonic()
 
     def look(self, board: Board) -> None:
-        heartbeat = board.heartbeat(self.rank)
-        if heartbeat is not None and (self.heartbeat is None or heartbeat.count != self.heartbeat.count):
+        before, heartbeat = self.heartbeat, board.heartbeat(self.rank)
+        if heartbeat is not None and (before is None or heartbeat.count != before.count):
             self.heartbeat, self._changed = heartbeat, time.monotonic()
+            if before is None or heartbeat.progress != before.progress:
+                self._went_on = self._changed
 
     @property
     def silence_s(self) -> float:
         return time.monotonic() - self._changed
 
+    @property
+    def is_still_for_s(self) -> float:
+        return time.monotonic() - self._went_on
 
-def report_text(stop: Stop, heartbeats: list[Heartbeat], stacks: dict[int, str]) -> str:
-    """The report of all ranks as Markdown."""
-    suspects = stop.ranks or stalled_ranks(heartbeats, stacks)
-    lines = [
-        "# The run was stopped",
-        f"- cause: {stop.cause}",
-        f"- rank at fault: {', '.join(map(str, suspects))}",
-        f"- step: {stop.step}",
-        f"- noticed by: rank {stop.noticed_by}, {datetime.now(UTC).isoformat(timespec='seconds')}",
-    ]
-    lines += [f"- rank {b.rank}: step {b.step}, phase {b.phase}, process {b.process.pid}" for b in heartbeats]
-    if stop.traceback:
-        lines += [f"\n## Traceback of rank {stop.noticed_by}\n", _indented(stop.traceback)]
-    for rank, text in sorted(stacks.items()):
-        lines += [f"\n## Stacks of rank {rank}\n", _indented(text) or "    none: it did not answer"]
-    return "\n".join(lines) + "\n"
-
-
-def stalled_ranks(heartbeats: list[Heartbeat], stacks: dict[int, str]) -> tuple[int, ...]:
-    """Who lets the others wait: who is behind, and among equals who is not itself waiting in a collective."""
-    least = min(beat.progress for beat in heartbeats)
-    behind = [beat.rank for beat in heartbeats if beat.progress == least]
-    busy = [rank for rank in behind if "torch/distributed/" not in stacks.get(rank, "")]
-    return tuple(busy or behind)
+    @property
+    def is_done(self) -> bool:
+        return self.heartbeat is not None and self.heartbeat.is_done
 
 
 def _is_of_collective(error: BaseException) -> bool:
@@ -282,10 +298,6 @@ def _is_of_collective(error: BaseException) -> bool:
     words = ("gloo", "NCCL", "Connection closed", "Connection reset")
     is_named = any(word.lower() in str(error).lower() for word in words)
     return isinstance(error, dist.DistError) or is_named or any("torch/distributed/" in f.filename for f in frames)
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _read(path: Path) -> str:

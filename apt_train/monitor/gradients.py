@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial
 
 from apt_core.errors import AptError, ConfigError
 from apt_train.monitor.metrics import MetricsWriter
@@ -39,6 +39,10 @@ NAMED = 8
 class GradientSettings:
     """What counts as an unhealthy gradient."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    enabled: bool = True
+    """Whether gradients are looked at one by one; without it only a norm that is not finite skips a step."""
     warmup_steps: int = 20
     """Steps over which a parameter's usual norm is learnt; until then only non-finite gradients are found."""
     exploding_ratio: float = 50.0
@@ -109,6 +113,14 @@ class GradientReport:
         return f"step {self.step}: unhealthy gradients of {len(self.anomalies)} parameters\n{named}{more}"
 
 
+class UnhealthyGradientsError(AptError):
+    """A step that was skipped; for the log, as the run goes on."""
+
+    def __init__(self, report: GradientReport) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
 class TrainingDivergedError(AptError):
     """Too many steps in a row had unhealthy gradients.
 
@@ -141,11 +153,15 @@ class GradientMonitor:
         self._statistics = _Statistics.empty(0)
         self._skipped_in_a_row = 0
 
-    def check_gradient_flow(self, model: nn.Module | Sequence[nn.Module], step: int) -> GradientReport:
+    def check_gradient_flow(
+        self, model: nn.Module | Sequence[nn.Module], step: int, *, can_overflow: bool = False
+    ) -> GradientReport:
         """Look at all gradients of a step.
 
         Args:
             model: the module, or this rank's parts of it (a pipeline's stages); the same at every call.
+            can_overflow: a loss scale can still be lowered, so a gradient that is not finite skips the step as any
+                other, but is no sign of divergence.
 
         Raises:
             TrainingDivergedError: the last ``max_skipped_steps`` steps all had to be skipped.
@@ -153,15 +169,18 @@ class GradientMonitor:
         layout = self._layout_of((model,) if isinstance(model, nn.Module) else tuple(model))
         norms = layout.norms(self._group)
         anomalies = self.detect_gradient_anomalies(norms)
-        if anomalies:
+        is_overflow = can_overflow and any(anomaly.fault is Fault.NON_FINITE for anomaly in anomalies)
+        if anomalies and not is_overflow:
             self._skipped_in_a_row += 1
-        else:
+        elif not anomalies:
             self._skipped_in_a_row = 0
             self._statistics.learn(norms, self.settings.memory_steps)
         total = float(np.sqrt(np.square(norms).sum()))
         by_name = dict(zip(layout.names, norms.tolist(), strict=True))
         report = GradientReport(step, by_name, total, anomalies, self._skipped_in_a_row)
-        if anomalies:
+        if is_overflow:
+            log.info("step %d is skipped: the loss scale is too large", step)
+        elif anomalies:
             log.warning("the step is skipped: %s", report)
         if self._skipped_in_a_row >= self.settings.max_skipped_steps:
             raise TrainingDivergedError(report)
@@ -280,7 +299,7 @@ class _Layout:
 
     def __init__(self, parts: tuple[nn.Module, ...], group: dist.ProcessGroup | None) -> None:
         self.parts = parts
-        here = {name: p for part in parts for name, p in part.named_parameters() if p.requires_grad}
+        here = {_plain_name(name): p for part in parts for name, p in part.named_parameters() if p.requires_grad}
         shards = {name: _num_shards(parameter) for name, parameter in here.items()}
         by_rank = [shards]
         if dist.is_initialized():
@@ -302,7 +321,8 @@ class _Layout:
         filled = [(i, gradient) for i, gradient in here if gradient.numel()]
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         if filled:
-            norms = torch._foreach_norm([gradient for _, gradient in filled], 2, dtype=torch.float32)
+            wide = torch.promote_types(filled[0][1].dtype, torch.float32)
+            norms = torch._foreach_norm([gradient for _, gradient in filled], 2, dtype=wide)
             places = torch.tensor([self._places[i] for i, _ in filled], device=self.device)
             weights = torch.tensor([self._weights[i] for i, _ in filled], dtype=torch.float64, device=self.device)
             # In float64 a square of float32 cannot overflow.
@@ -310,6 +330,11 @@ class _Layout:
         if dist.is_initialized():
             dist.all_reduce(squares, group=group)
         return squares.sqrt().cpu().numpy()
+
+
+def _plain_name(name: str) -> str:
+    """As a checkpoint has it: recomputation and the compiler put modules of their own around a layer."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _local_gradient(parameter: nn.Parameter) -> torch.Tensor:
@@ -329,7 +354,7 @@ def _num_shards(parameter: nn.Parameter) -> int:
     if not isinstance(parameter, DTensor):
         return 1
     mesh, placements = parameter.device_mesh, parameter.placements
-    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if isinstance(placement, Shard))
+    return math.prod(mesh.size(i) for i, placement in enumerate(placements) if not placement.is_replicate())
 
 
 def _severity(anomaly: GradientAnomaly) -> tuple[int, float]:

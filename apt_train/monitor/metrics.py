@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import os
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -21,6 +22,8 @@ BINS = 64
 class MetricsSettings:
     """Where metrics go."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
     tensorboard: bool = True
     """Write event files to the folder tensorboard of the run."""
     wandb: Literal["off", "offline", "online"] = "off"
@@ -28,6 +31,18 @@ class MetricsSettings:
     wandb_project: str = "apt"
     flush_seconds: int = 30
     """At most so long until event files show a metric."""
+    print_every: int = 10
+    """Steps between lines where there is no terminal to draw a progress bar on."""
+    details_every: int = 10
+    """Steps between those in which accuracy, the norm of the weights and that of each gradient are taken as well: a
+    few percent of such a step, more where the vocabulary is most of the model. 0 never takes them."""
+    histograms_every: int = 0
+    """Steps between histograms of the weights, which take seconds in a large model; 0 makes none."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("flush_seconds", 1), ("print_every", 1), ("details_every", 0), ("histograms_every", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"must be at least {least}", field=name)
 
 
 @dataclass(frozen=True)
@@ -36,19 +51,27 @@ class StepMetrics:
 
     loss: float
     """Per scored token; NaN is written as NaN."""
-    accuracy: float
-    """Share of scored tokens whose likeliest next token was right."""
     learning_rate: float
     gradient_norm: float
-    parameter_norm: float
+    """Before clipping."""
     tokens_per_second: float
-    """Over all ranks."""
+    """Over all ranks, padding included."""
+    peak_share: float
+    """Of the rate at which the machine multiplies large matrices (model flops utilization, arXiv 2204.02311)."""
+    waiting_share: float
+    """Of the step's time spent waiting for data."""
     memory_bytes: int
     """Peak, of this rank."""
+    is_skipped: bool = False
+    """1 where gradients were unhealthy."""
+    accuracy: float | None = None
+    """Share of scored tokens that were the likeliest; in some steps only."""
+    parameter_norm: float | None = None
+    """Of all weights together; in some steps only."""
 
     def scalars(self) -> dict[str, float]:
         """By the names they are written under."""
-        return {f"train/{name}": float(value) for name, value in asdict(self).items()}
+        return {f"train/{name}": float(value) for name, value in asdict(self).items() if value is not None}
 
 
 class MetricsWriter(Protocol):
@@ -60,6 +83,10 @@ class MetricsWriter(Protocol):
 
     def histograms(self, step: int, values: Mapping[str, torch.Tensor]) -> None:
         """Distributions of tensors' elements; those that are not finite are left out."""
+        ...
+
+    def text(self, name: str, value: str) -> None:
+        """What does not change in the run, such as its settings."""
         ...
 
     def close(self) -> None:
@@ -84,6 +111,10 @@ class TensorBoardWriter:
             finite = _finite(tensor)
             if finite.numel():
                 self._writer.add_histogram(name, finite, step, bins="auto", max_bins=BINS)
+
+    def text(self, name: str, value: str) -> None:
+        """See MetricsWriter."""
+        self._writer.add_text(name, f"<pre>{html.escape(value)}</pre>")
 
     def close(self) -> None:
         """See MetricsWriter."""
@@ -121,6 +152,10 @@ class WandbWriter:
         made = {name: histogram(x.cpu().numpy(), num_bins=BINS) for name, x in finite.items() if x.numel()}
         self._run.log(made, step=step)
 
+    def text(self, name: str, value: str) -> None:
+        """See MetricsWriter."""
+        self._run.summary[name] = value
+
     def close(self) -> None:
         """See MetricsWriter."""
         self._run.finish()
@@ -142,10 +177,26 @@ class MetricsWriters:
         for writer in self._writers:
             writer.histograms(step, values)
 
+    def text(self, name: str, value: str) -> None:
+        """See MetricsWriter."""
+        for writer in self._writers:
+            writer.text(name, value)
+
     def close(self) -> None:
         """See MetricsWriter."""
         for writer in self._writers:
             writer.close()
+
+
+class TrainingVisualizer(MetricsWriters):
+    """Metrics of a loop that is not `apt-train`'s: TensorBoard, and W&B offline if it is wanted.
+
+    Raises:
+        ConfigError: the package wandb is not installed.
+    """
+
+    def __init__(self, log_dir: Path | str, use_wandb: bool = False) -> None:
+        super().__init__(_open_writers(MetricsSettings(wandb="offline" if use_wandb else "off"), Path(log_dir), None))
 
 
 def open_metrics(
@@ -156,12 +207,16 @@ def open_metrics(
     Raises:
         ConfigError: a writer's package is not installed.
     """
+    return MetricsWriters(_open_writers(settings, folder, config) if rank == 0 else ())
+
+
+def _open_writers(settings: MetricsSettings, folder: Path, config: dict[str, Any] | None) -> list[MetricsWriter]:
     writers: list[MetricsWriter] = []
-    if rank == 0 and settings.tensorboard:
+    if settings.tensorboard:
         writers.append(TensorBoardWriter(folder / "tensorboard", settings.flush_seconds))
-    if rank == 0 and settings.wandb != "off":
+    if settings.wandb != "off":
         writers.append(WandbWriter(folder, project=settings.wandb_project, mode=settings.wandb, config=config))
-    return MetricsWriters(writers)
+    return writers
 
 
 def peak_memory_bytes(device: torch.device) -> int:

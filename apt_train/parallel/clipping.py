@@ -7,41 +7,41 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """L2 norm over all gradients [], the same on every process.
+def l2_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """L2 norm over all elements [], the same on every process.
 
     ``torch.nn.utils.clip_grad_norm_`` refuses a mix of plain and distributed tensors: here each layout's squares are
     summed locally and then over its mesh at once.
     """
     squares: dict[Any, list[torch.Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        layout = (gradient.device_mesh, gradient.placements) if isinstance(gradient, DTensor) else None
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    for tensor in tensors:
+        layout = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
         squares[layout].append(local.norm(dtype=torch.promote_types(local.dtype, torch.float32)).square())
     if not squares:
         return torch.zeros(())
     return torch.stack([_summed(torch.stack(each).sum(), layout) for layout, each in squares.items()]).sum().sqrt()
 
 
-def clip(parameters: Iterable[nn.Parameter], norm: torch.Tensor, max_norm: float) -> None:
+def clip(parameters: Iterable[nn.Parameter], norm: float, max_norm: float) -> None:
     """Scale gradients of this norm down to max_norm, in place."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = min(max_norm / (norm + 1e-6), 1.0)
     for parameter in parameters:
         if parameter.grad is not None:
             local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-            local.mul_(factor.to(local.dtype))
+            local.mul_(factor)
 
 
 def _summed(square: torch.Tensor, layout: Any) -> torch.Tensor:
     if layout is None:
         return square
     mesh, placements = layout
-    reduced = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-    return DTensor.from_local(square, mesh, reduced, run_check=False).full_tensor()
+    for dim, placement in enumerate(placements):
+        if not placement.is_replicate():
+            dist.all_reduce(square, group=mesh.get_group(dim))
+    return square

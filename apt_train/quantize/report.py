@@ -66,6 +66,7 @@ class Quality:
 class QuantizationReport:
     """All of it."""
 
+    source: str
     settings: QuantizeSettings
     size: Size
     quality: Quality
@@ -77,26 +78,28 @@ class QuantizationReport:
         document["size"] |= {"linears_ratio": self.size.linears_ratio, "total_ratio": self.size.total_ratio}
         return json.dumps(document, indent=1) + "\n"
 
-    def to_markdown(self) -> str:
-        """For readers."""
+    def summary(self) -> list[tuple[str, str]]:
+        """What matters most: names and values."""
         size, quality = self.size, self.quality
-        rows = [
+        return [
             ("linear layers", f"{size.linears:,} bytes, {size.linears_ratio:.3f} of bfloat16"),
             ("all tensors", f"{size.total:,} bytes, {size.total_ratio:.3f} of bfloat16"),
             ("perplexity of the source", f"{quality.perplexity_source:.3f}"),
             ("perplexity", f"{quality.perplexity:.3f} ({quality.increase:+.2%})"),
             ("greedy agreement", f"{quality.greedy_agreement:.1%} of {quality.num_tokens:,} tokens"),
         ]
+
+    def to_markdown(self) -> str:
+        """For readers."""
         layers = [
             (error.name, f"{error.weight_error:.4f}", f"{error.output_error:.4f}", f"{error.smoothing:g}")
             for error in self.layers
         ]
-        settings = self.settings
-        method = "GPTQ" if settings.uses_gptq else "round to nearest"
+        method = "GPTQ" if self.settings.uses_gptq else "round to nearest"
         return "\n".join(
             [
-                f"# {settings.source} in {settings.scheme}, {method}\n",
-                *_table(("", ""), rows),
+                f"# {self.source} in {self.settings.scheme}, {method}\n",
+                *_table(("", ""), self.summary()),
                 "\n## Layers\n\nRelative errors; outputs as a server computes them, on tokens of the calibration.\n",
                 *_table(("layer", "weight error", "output error", "smoothing"), layers),
                 "",

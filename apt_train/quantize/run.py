@@ -7,7 +7,7 @@ errors. In memory are one layer in float32, the hidden states of the calibration
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from apt_core.models.channels import Junction, junctions
 from apt_core.models.decoder import DecoderForCausalLM, DecoderLayer
 from apt_core.perplexity import measure
 from apt_core.registry import build_model
-from apt_train.quantize.gptq import quantize_gptq
+from apt_train.quantize.gptq import gptq
 from apt_train.quantize.layers import LayerSource, Stream
 from apt_train.quantize.report import NAME, LayerError, Quality, QuantizationReport, Size
 from apt_train.quantize.rounding import Rounder
@@ -32,28 +32,36 @@ from apt_train.quantize.smooth import output_error, smooth
 from apt_train.quantize.statistics import InputStatistics, recorded
 from apt_train.quantize.text import calibration_windows, evaluation_windows
 
-log = logging.getLogger(__name__)
 
-
-def quantize(settings: QuantizeSettings) -> QuantizationReport:
+def quantize(
+    source: str, output: str, settings: QuantizeSettings, on_layer: Callable[[int, int], None] | None = None
+) -> QuantizationReport:
     """Write a quantized checkpoint, and its report beside it (quantization_report.json and .md).
 
     The same settings give the same bytes. The folder appears whole or not at all.
+
+    Args:
+        source: a Hugging Face folder, a .gguf file, a hub id, or the embedded model's name.
+        output: folder to write; it must not exist, or be empty.
+        settings: how.
+        on_layer: told after each layer how many are done, and of how many.
 
     Raises:
         ConfigError: a setting that cannot work; names it.
         CheckpointError: the source is missing, damaged or not supported.
     """
-    output = Path(settings.output).expanduser()
-    check_new(output, field="output")
-    checkpoint = open_checkpoint(settings.source)
+    folder_path = Path(output).expanduser()
+    check_new(folder_path, field="output")
+    checkpoint = open_checkpoint(source)
+    if checkpoint.is_quantized:
+        raise ConfigError(f"{source} is quantized already", field="source")
     _check(checkpoint, settings)
     calibration = calibration_windows(checkpoint.tokenizer, settings.calibration)
     evaluation = evaluation_windows(checkpoint.tokenizer, settings.evaluation)
-    with new_folder(output, field="output") as folder:
-        size, errors = _Quantizer(checkpoint, settings, folder).write(calibration)
+    with new_folder(folder_path, field="output") as folder:
+        size, errors = _Quantizer(checkpoint, settings, folder, on_layer).write(calibration)
         quality = _compare(checkpoint, open_checkpoint(str(folder.folder)), evaluation)
-        report = QuantizationReport(settings, size, quality, tuple(errors))
+        report = QuantizationReport(source, settings, size, quality, tuple(errors))
         folder.document(f"{NAME}.json", report.to_json())
         folder.document(f"{NAME}.md", report.to_markdown())
     return report
@@ -61,8 +69,6 @@ def quantize(settings: QuantizeSettings) -> QuantizationReport:
 
 def _check(checkpoint: Checkpoint, settings: QuantizeSettings) -> None:
     config = checkpoint.config
-    if checkpoint.is_quantized:
-        raise ConfigError(f"{settings.source} is quantized already", field="source")
     inputs = {config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim}
     wrong = sorted(size for size in inputs if size % settings.group_size)
     if settings.scheme == "w4a16" and wrong:
@@ -77,8 +83,14 @@ def _check(checkpoint: Checkpoint, settings: QuantizeSettings) -> None:
 class _Quantizer:
     """Writes tensors in the order of the layers, and adds up what they take."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: QuantizeSettings, folder: FolderWriter) -> None:
-        self._checkpoint, self._settings, self._folder = checkpoint, settings, folder
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: QuantizeSettings,
+        folder: FolderWriter,
+        on_layer: Callable[[int, int], None] | None,
+    ) -> None:
+        self._checkpoint, self._settings, self._folder, self._on_layer = checkpoint, settings, folder, on_layer
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._rounder = Rounder(settings.scheme, settings.group_size)
         self._size = Size(0, 0, 0, 0)
@@ -98,7 +110,8 @@ class _Quantizer:
             example = next(iter(stored.values()))
             self._write_layer(layer, stored, f"model.layers.{index}.")
             stream.advance(layer)
-            log.info("layer %d of %d quantized", index + 1, config.num_layers)
+            if self._on_layer is not None:
+                self._on_layer(index + 1, config.num_layers)
         self._keep("model.norm.weight", source.get("model.norm.weight"))
         if not config.tie_word_embeddings:
             self._keep("lm_head.weight", source.get("lm_head.weight"))
@@ -129,14 +142,15 @@ class _Quantizer:
     def _quantize_readers(self, junction: Junction, seen: InputStatistics) -> dict[str, WritableWeight]:
         readers = junction.readers
         if seen.hessian is None:
-            return {name: self._rounder.round(reader.weight, seen.largest) for name, reader in readers.items()}
+            return {name: self._rounder.nearest(reader.weight, seen.largest) for name, reader in readers.items()}
         together = torch.cat([reader.weight for reader in readers.values()])
-        weight = quantize_gptq(together, seen.hessian, self._settings.group_size, self._settings.gptq)
+        codes, scales = gptq(together, seen.hessian, self._rounder, self._settings.gptq)
         parts: dict[str, WritableWeight] = {}
         first = 0
         for name, reader in readers.items():
-            parts[name] = weight.narrow(0, first, reader.out_features)
-            first += reader.out_features
+            rows = slice(first, first + reader.out_features)
+            parts[name] = self._rounder.stored(codes[rows], scales[rows], seen.largest)
+            first = rows.stop
         return parts
 
     def _write_layer(self, layer: DecoderLayer, stored: dict[str, WritableWeight], prefix: str) -> None:
@@ -177,11 +191,10 @@ def _layer_error(
 ) -> LayerError:
     reader = next(reader for own_name, reader in junction.readers.items() if name.endswith(own_name))
     change = (weight.dequantize() - reader.weight).norm().item()
-    samples = seen.samples
     return LayerError(
         name=name,
         weight_error=change / (reader.weight.norm().item() or 1.0),
-        output_error=output_error(samples, weight, samples, reader),
+        output_error=output_error(seen.samples, weight, seen.samples @ reader.weight.T),
         smoothing=strength,
     )
 

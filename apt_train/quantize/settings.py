@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
-from apt_core.checkpoint import EMBEDDED_MODEL
 from apt_core.errors import ConfigError
 
-Scheme: TypeAlias = Literal["w8a8-dynamic", "w8a8-static", "w4a16", "fp8-dynamic"]
+FORBID: dict[str, Any] = {"extra": "forbid"}
+Scheme: TypeAlias = Literal["w8a8-dynamic", "w8a8-static", "w4a16", "fp8"]
 Method: TypeAlias = Literal["rtn", "gptq"]
 
 
 @dataclass(frozen=True)
 class TextSettings:
     """A text, and how much of it is used."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
 
     text: str | None = None
     """File of UTF-8 text; null takes the language reference that comes with Python (pydoc_data.topics)."""
@@ -34,6 +36,8 @@ class TextSettings:
 class GPTQSettings:
     """GPTQ (arXiv 2210.17323)."""
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a part of its mean."""
     act_order: bool = True
@@ -50,17 +54,15 @@ class GPTQSettings:
 
 @dataclass(frozen=True)
 class QuantizeSettings:
-    """What to quantize, how, and where to."""
+    """How a checkpoint is quantized."""
 
-    output: str
-    """Folder to write; it must not exist, or be empty."""
-    source: str = EMBEDDED_MODEL
-    """The model: a Hugging Face folder, a .gguf file, a hub id, or the embedded model's name."""
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+
     scheme: Scheme = "w8a8-dynamic"
     """Weights and activations in int8, activations with a scale per token or one from calibration; weights in 4 bits;
     both in float8."""
-    method: Method | None = None
-    """How weights are rounded: to nearest, or by GPTQ (w4a16 only); null takes gptq for w4a16 and rtn for others."""
+    method: Method = "gptq"
+    """How weights are rounded: by GPTQ, or to nearest."""
     group_size: int = 64
     """w4a16: inputs that share a scale, 32 or 64."""
     smoothing: bool | None = None
@@ -75,11 +77,9 @@ class QuantizeSettings:
     gptq: GPTQSettings = field(default_factory=GPTQSettings)
 
     def __post_init__(self) -> None:
-        if self.scheme not in ("w8a8-dynamic", "w8a8-static", "w4a16", "fp8-dynamic"):
-            known = "w8a8-dynamic, w8a8-static, w4a16, fp8-dynamic"
+        if self.scheme not in ("w8a8-dynamic", "w8a8-static", "w4a16", "fp8"):
+            known = "w8a8-dynamic, w8a8-static, w4a16, fp8"
             raise ConfigError(f"{self.scheme!r} is none of {known}", field="scheme")
-        if self.method == "gptq" and self.scheme != "w4a16":
-            raise ConfigError(f"gptq is for w4a16, not for {self.scheme}", field="method")
         if self.smoothing and not self.has_int8_inputs:
             raise ConfigError(f"is for w8a8 schemes, not for {self.scheme}", field="smoothing")
         if self.group_size not in (32, 64):
@@ -93,7 +93,7 @@ class QuantizeSettings:
     @property
     def uses_gptq(self) -> bool:
         """Whether weights are rounded by GPTQ."""
-        return self.scheme == "w4a16" and self.method != "rtn"
+        return self.method == "gptq"
 
     @property
     def uses_smoothing(self) -> bool:

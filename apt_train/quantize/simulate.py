@@ -20,7 +20,7 @@ def rounded_inputs(x: torch.Tensor, weight: StoredWeight) -> torch.Tensor:
         return (x / scales).to(torch.float8_e4m3fn).float() * scales
     if isinstance(weight, Int8Tensor) and weight.has_int8_inputs:
         scales = _scales(x, LARGEST_INT8) if weight.input_scale is None else torch.tensor(weight.input_scale)
-        return (x / scales).round().clamp(-LARGEST_INT8, LARGEST_INT8) * scales
+        return (x / scales).round().clamp(-LARGEST_INT8 - 1, LARGEST_INT8) * scales
     return x
 
 

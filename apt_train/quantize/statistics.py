@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from apt_core.models.channels import Junction
@@ -16,15 +17,24 @@ NUM_SAMPLES = 512
 
 
 class InputStatistics:
-    """Of one input [T, in], over all windows."""
+    """Of one input [T, in], over all windows.
+
+    Tokens count alike, whatever their size: the first tokens of a text can be hundreds of times as large as all others.
+    """
 
     def __init__(self, num_inputs: int, num_windows: int, *, has_hessian: bool) -> None:
         self.largest = torch.zeros(num_inputs)
         """[in] largest magnitudes."""
         self.hessian = torch.zeros(num_inputs, num_inputs) if has_hessian else None
-        """[in, in], the sum of x x^T."""
+        """[in, in], the sum of x x^T over tokens divided by their norms."""
+        self._squares = torch.zeros(num_inputs)
         self._samples: list[torch.Tensor] = []
         self._per_window = -(-NUM_SAMPLES // num_windows)
+
+    @property
+    def typical(self) -> torch.Tensor:
+        """[in] root mean square of tokens divided by their norms, times a constant."""
+        return self._squares.sqrt()
 
     @property
     def samples(self) -> torch.Tensor:
@@ -35,14 +45,17 @@ class InputStatistics:
         """Take the inputs [T, in] of one window in."""
         x = x.detach().float()
         self.largest = torch.maximum(self.largest, x.abs().amax(0))
-        if self.hessian is not None:
-            self.hessian.addmm_(x.T, x)
         step = max(1, len(x) // self._per_window)
         self._samples.append(x[::step][: self._per_window].clone())
+        relative = F.normalize(x, dim=1)
+        self._squares += relative.square().sum(0)
+        if self.hessian is not None:
+            self.hessian.addmm_(relative.T, relative)
 
     def divide(self, factors: torch.Tensor) -> None:
-        """Make them those of inputs divided by factors [in]."""
+        """Make them those of inputs divided by factors [in]; tokens keep their weights."""
         self.largest = self.largest / factors
+        self._squares = self._squares / factors.square()
         self._samples = [samples / factors for samples in self._samples]
         if self.hessian is not None:
             self.hessian = self.hessian / (factors.unsqueeze(0) * factors.unsqueeze(1))

@@ -1,1 +1,1 @@
-"""Speed of training, beside a plain loop over transformers' model."""
+"""Speed of the trainer and of its parts."""

@@ -25,6 +25,8 @@ from apt_core.errors import ConfigError
 from apt_serve.config import ApiConfig, ServerConfig
 from apt_serve.config_file import ConfigFile, HttpOptions, default_config_file, read_config_file
 from apt_serve.engine.config import EngineConfig
+from apt_train.publish import PublishSettings, publish
+from tests.apt_serve.published import base_folder, publish_copy
 
 CONFIG_FILE = Path(__file__).parents[2] / "deploy" / "config.yaml"
 
@@ -280,3 +282,27 @@ def test_a_model_that_cannot_be_loaded_is_named_in_the_last_line() -> None:
     *_, last = output.strip().splitlines()
     assert last.startswith("apt-serve: the server did not start: ")
     assert "/absent: there is no such folder" in last
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_published_weights_reach_every_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APT_ADMIN_TOKEN", "correct-horse-battery-staple")
+    base = base_folder(tmp_path / "base")
+    manifest = publish_copy(base, tmp_path / "weights" / "step-1", step=1)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    flags = ("--replicas=2", f"--port={port}", f"--admin.weight_folders={tmp_path / 'weights'}")
+    model = ("--model.dtype=float32", "--model.num_kv_blocks=600", "--model.num_threads=1")
+    with started("python", "-m", "apt_serve", "start", str(base), *flags, *model) as process:
+        wait_ready(url, process)
+        settings = PublishSettings(str(tmp_path / "weights" / "step-1"), server=url, timeout_s=120.0)
+        lines: list[str] = []
+        assert publish(settings, lines.append) == manifest.version
+        replicas = httpx.get(
+            f"{url}/admin/weights", headers={"Authorization": "Bearer correct-horse-battery-staple"}
+        ).json()["replicas"]
+        assert [replica["weight_version"] for replica in replicas] == [manifest.version] * 2
+        assert lines[-1].count("done after") == 2
+        answers = [httpx.post(f"{url}/v1/completions", json={"prompt": [5, 6], "max_tokens": 1}) for _ in range(8)]
+        assert {answer.json()["weight_version"] for answer in answers} == {manifest.version}

@@ -14,6 +14,7 @@ from apt_train.config import OptimizerSettings
 from apt_train.loop import EarlyStopping, Trainer
 from apt_train.loss import ModelWithLoss
 from apt_train.model import initialise
+from apt_train.monitor.gradients import GradientMonitor, GradientSettings
 from apt_train.optimizer import build_optimizers
 from tests.apt_train.corpus import spans, text_batch
 
@@ -64,20 +65,21 @@ def test_learns_in_sixteen_bits(precision):
 
 def test_loss_and_gradient_are_those_of_whole_logits_of_each_sequence_alone():
     model, batch = new_model(), text_batch(3)
-    losses, count = model(batch)
+    losses, right = model(batch, with_accuracy=True)
     losses.backward()
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    expected = torch.zeros((), dtype=torch.float64)
+    expected, num_right = torch.zeros((), dtype=torch.float64), 0
     for span in spans(batch):
         alone = replace(
             batch, input_ids=batch.input_ids[span], labels=batch.labels[span], lengths=(len(batch.input_ids[span]),)
         )
         hidden = model.model(model.model.embed(alone.input_ids), alone.positions, alone.metadata())
         logits = model.model.logits(hidden)
+        num_right += int((logits.argmax(-1) == alone.labels).sum())
         expected = expected + torch.nn.functional.cross_entropy(logits, alone.labels, reduction="sum")
     expected.backward()
-    assert int(count) == batch.num_scored
+    assert int(right) == num_right
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(found, [p.grad for p in model.parameters()])
 
@@ -113,11 +115,26 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_refused_step_changes_nothing():
-    model = new_model()
-    before = [p.detach().clone() for p in model.parameters()]
-    assert new_trainer(model, accepts=lambda step: False).step(0, [text_batch(0)]).is_skipped
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+def test_accuracy_is_the_share_of_scored_tokens_that_were_the_likeliest():
+    trainer = new_trainer(new_model(torch.float32), precision="float32")
+    batches = [text_batch(0), text_batch(1)]
+    results = [trainer.step(i, batches, with_accuracy=i == 39) for i in range(40)]
+    assert [result.accuracy for result in results[:-1]] == [None] * 39
+    assert results[-1].accuracy > 0.9
+    found = trainer.evaluate(batches)
+    assert found.accuracy > 0.9
+    assert found.num_scored == sum(batch.num_scored for batch in batches)
+    assert found.perplexity == pytest.approx(math.exp(found.loss))
+
+
+def test_a_loss_scale_that_is_too_large_is_lowered_and_stops_nothing():
+    model = new_model(torch.float32)
+    trainer = new_trainer(model, precision="float16", monitor=GradientMonitor(GradientSettings(max_skipped_steps=2)))
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 2.0**40})
+    results = [trainer.step(i, [text_batch(i % 4)]) for i in range(40)]
+    skipped = [result.is_skipped for result in results]
+    assert all(skipped[:3]) and not any(skipped[35:])
+    assert trainer.scaler.get_scale() < 2.0**38
 
 
 def test_a_step_without_scored_tokens_has_no_loss():
@@ -133,8 +150,8 @@ def test_evaluation_is_the_mean_over_tokens_and_leaves_no_gradient():
         expected = sum(float(model(b)[0]) for b in batches) / sum(b.num_scored for b in batches)
     trainer = new_trainer(model)
     # Without gradients the norms may be computed by other kernels.
-    assert trainer.evaluate(batches) == pytest.approx(expected, rel=1e-9)
-    assert math.isnan(trainer.evaluate([]))
+    assert trainer.evaluate(batches).loss == pytest.approx(expected, rel=1e-9)
+    assert math.isnan(trainer.evaluate([]).loss)
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -223,7 +223,7 @@ def test_a_process_that_takes_too_long_is_ended_with_its_children() -> None:
     started = time.monotonic()
     with pytest.raises(RunError, match="longer than 1 s"):
         run(python("import subprocess; subprocess.run(['sleep', '60'])"), timeout_s=1)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50
 
 
 def test_a_program_that_is_not_there_is_reported() -> None:

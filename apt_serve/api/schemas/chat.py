@@ -151,6 +151,7 @@ class ChatCompletion(ResponseSchema):
     created: int
     model: str
     system_fingerprint: str
+    weight_version: str
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
@@ -182,6 +183,7 @@ class ChatCompletionChunk(ResponseSchema):
     created: int
     model: str
     system_fingerprint: str
+    weight_version: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None

@@ -84,5 +84,6 @@ class Completion(ResponseSchema):
     created: int
     model: str
     system_fingerprint: str
+    weight_version: str
     choices: list[CompletionChoice]
     usage: Usage | None = None

@@ -29,6 +29,7 @@ class GenerateResponse(ResponseSchema):
     """Tokens generated."""
     latency_ms: float
     """From the request's arrival to its last token."""
+    weight_version: str
 
 
 class ModelCard(ResponseSchema):
@@ -39,6 +40,8 @@ class ModelCard(ResponseSchema):
     created: int
     owned_by: str
     max_model_len: int
+    weight_version: str
+    """Of the weights that new requests start on."""
 
 
 class ModelList(ResponseSchema):
@@ -53,6 +56,7 @@ class ModelSummary(ResponseSchema):
 
     name: str
     max_model_len: int
+    weight_version: str
     vocab_size: int
     has_chat_template: bool
     capabilities: list[str]

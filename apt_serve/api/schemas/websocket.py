@@ -76,6 +76,7 @@ class StartMessage(ResponseSchema):
     model: str
     created: int
     prompt_tokens: int
+    weight_version: str
 
 
 class TokensMessage(ResponseSchema):

@@ -25,6 +25,7 @@ from apt_serve.engine.client import (
     ModelInfo,
 )
 from apt_serve.engine.config import EngineConfig
+from apt_serve.engine.handover import SwapError, SwapOrder, SwapReport
 from apt_serve.engine.mailbox import Mailbox
 from apt_serve.engine.metrics import MetricsSink, NullMetrics
 from apt_serve.engine.output_processor import OutputProcessor
@@ -71,8 +72,8 @@ class VllmEngine:
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """Everything there is."""
-        return frozenset(Capability)
+        """Everything there is, save that its weights stay."""
+        return frozenset(Capability) - {Capability.WEIGHT_SWAP}
 
     async def start(self) -> None:
         """See EngineClient.
@@ -138,6 +139,19 @@ class VllmEngine:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def swap_weights(self, order: SwapOrder) -> SwapReport:
+        """See EngineClient.
+
+        Raises:
+            SwapError: always.
+        """
+        raise SwapError("vLLM's weights are changed by replacing the replica")
+
+    @property
+    def swap(self) -> SwapReport | None:
+        """See EngineClient."""
+        return None
 
     def stats(self) -> EngineStats:
         """See EngineClient."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from apt_core.checkpoint.hf_config import parse_generation_config
 from apt_core.document import read_document, read_optional_document
 from apt_core.errors import AptError, ConfigError
+from apt_core.manifest import version_of
 from apt_core.tokenizer import build_tokenizer, read_tokenizer_files
 from apt_serve.engine.client import GenerationRequest, ModelInfo
 from apt_serve.engine.config import EngineConfig
@@ -190,4 +191,5 @@ def _model_info(config: EngineConfig, folder: Path, vllm_config: VllmConfig) -> 
         tokenizer=build_tokenizer(read_tokenizer_files(tokenizer_path)),
         eos_token_ids=frozenset(generation.eos_token_ids),
         default_sampling=generation.sampling_defaults,
+        weight_version=version_of(folder),
     )

@@ -34,7 +34,7 @@ class LiveServer:
         self._socket.close()
 
 
-def wait_until(condition: object, timeout_s: float = 5.0) -> None:
+def wait_until(condition: object, timeout_s: float = 60.0) -> None:
     """Poll a condition that another thread is to make true."""
     assert callable(condition)
     deadline = time.monotonic() + timeout_s

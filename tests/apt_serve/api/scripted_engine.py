@@ -7,9 +7,10 @@ import codecs
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from apt_core.errors import InvalidRequestError
+from apt_core.manifest import version_of
 from apt_serve.engine.client import (
     Capability,
     EngineOverloadedError,
@@ -22,6 +23,7 @@ from apt_serve.engine.client import (
     ModelInfo,
     TokenLogprobs,
 )
+from apt_serve.engine.handover import SwapError, SwapOrder, SwapPhase, SwapReport, SwapRunningError
 from apt_serve.engine.mailbox import Mailbox
 from apt_serve.engine.metrics import FinishRecord, MetricsSink, StepRecord
 from apt_serve.engine.sampling_params import SamplingParams
@@ -43,6 +45,8 @@ class Script:
     is_stopped: bool = False
     is_stalled: bool = False
     is_alive: bool = True
+    swap_s: float = 0.0
+    swap_error: str | None = None
     breaks_at_once: bool = False
     """An error nobody foresaw, before the first token."""
 
@@ -61,6 +65,7 @@ class ScriptedEngine:
     """Requests whose reader left before they finished."""
     num_tokens_made: int = 0
     stopped_with_grace_s: float | None = None
+    swap: SwapReport | None = None
 
     def __post_init__(self) -> None:
         tokenizer = ByteTokenizer()
@@ -120,6 +125,19 @@ class ScriptedEngine:
             with suppress(asyncio.CancelledError):
                 await producer
 
+    async def swap_weights(self, order: SwapOrder) -> SwapReport:
+        if self.swap is not None and not self.swap.is_over:
+            raise SwapRunningError("another swap has not ended")
+        self.swap = SwapReport(order, self.model.weight_version, SwapPhase.LOADING)
+        await asyncio.sleep(self.script.swap_s)
+        if self.script.swap_error is not None:
+            self.swap = replace(self.swap, phase=SwapPhase.FAILED, error=self.script.swap_error)
+            raise SwapError(self.script.swap_error)
+        version = version_of(order.path)
+        self.swap = replace(self.swap, phase=SwapPhase.DONE, to_version=version)
+        self.model = replace(self.model, weight_version=version)
+        return self.swap
+
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self.running),
@@ -140,7 +158,7 @@ class ScriptedEngine:
     async def _play(self, request: GenerationRequest, mailbox: Mailbox) -> None:
         began = time.monotonic()
         await asyncio.sleep(self.script.first_delay_s)
-        choices = [_Choice(request, index, self.model.max_model_len) for index in range(request.sampling.n)]
+        choices = [_Choice(request, index, self.model) for index in range(request.sampling.n)]
         running = list(choices)
         self.metrics.step(_step(num_prompt=len(request.prompt_token_ids), num_first=len(choices)))
         while running:
@@ -167,11 +185,12 @@ class ScriptedEngine:
 class _Choice:
     """One text as it grows by a byte a step."""
 
-    def __init__(self, request: GenerationRequest, index: int, max_model_len: int) -> None:
+    def __init__(self, request: GenerationRequest, index: int, model: ModelInfo) -> None:
+        self._weight_version = model.weight_version
         self._request = request
         self._index = index
         sampling = request.sampling
-        room = max_model_len - len(request.prompt_token_ids)
+        room = model.max_model_len - len(request.prompt_token_ids)
         self._limit = room if sampling.max_tokens is None else sampling.max_tokens
         self._data = TEXT.encode()
         self._offset = 0 if sampling.is_greedy else 5 * ((sampling.seed or 0) + index)
@@ -206,6 +225,7 @@ class _Choice:
             stop_reason=stop_reason,
             num_cached_tokens=len(prompt) // 2,
             prompt_logprobs=self._prompt_logprobs() if first and self._index == 0 else None,
+            weight_version=self._weight_version,
         )
 
     def _find_stop(self, sampling: SamplingParams, text: str) -> str | int | None:

@@ -57,6 +57,15 @@ def test_a_block_whose_last_token_is_in_flight_is_known_once_the_token_is() -> N
     assert blocks.match_prefix(make_sequence([1, 2, 3, 4, 5])) == seq.block_ids
 
 
+def test_weight_versions_share_no_block() -> None:
+    blocks = BlockManager(8, 4, True)
+    first, second = make_sequence(list(range(9))), make_sequence(list(range(9)))
+    second.weight_version = "2-b"
+    hold(blocks, first)
+    assert hold(blocks, second) == 0
+    assert hold(blocks, make_sequence(list(range(9)))) == 8
+
+
 def test_tokens_within_the_last_block_need_no_new_one() -> None:
     blocks = BlockManager(8, 4, True)
     seq = make_sequence([1, 2, 3])

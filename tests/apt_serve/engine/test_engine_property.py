@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -19,6 +20,7 @@ from tests.apt_serve.engine.tiny_engine import (
     naive_greedy,
     naive_paged_greedy,
     tiny_engine,
+    tiny_model,
     tiny_native_model,
 )
 
@@ -85,6 +87,24 @@ scenarios = st.fixed_dictionaries(
 )
 
 
+VERSIONS = ("1-a", "2-b", "3-c")
+
+
+@cache
+def weights(version):
+    """Another model for each version, of one shape."""
+    return tiny_model.__wrapped__(seed=VERSIONS.index(version) + 1)
+
+
+@cache
+def expected_output_on(version, prompt, max_tokens):
+    return tuple(naive_greedy(prompt, max_tokens, model=weights(version)))
+
+
+swaps = st.lists(st.tuples(st.integers(0, 12), st.sampled_from(VERSIONS)), max_size=5)
+"""(after so many steps, to which version): back and forth, also while older ones are still in use."""
+
+
 def tokens(delta):
     return delta.output.token_ids
 
@@ -105,6 +125,14 @@ def test_decode_steps_padded_as_for_a_gpu_change_nothing(scenario):
 @given(scenario=scenarios)
 def test_steps_launched_before_the_one_before_them_is_known_change_nothing(scenario):
     check(scenario, tokens, expected_output, pads_decodes=True, max_steps_in_flight=2)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(scenario=scenarios, swaps=swaps, is_ahead=st.booleans())
+def test_whatever_weights_are_published_meanwhile_a_sequence_runs_on_one_version(scenario, swaps, is_ahead):
+    """Equal to a recompute on that version: so no step, and no block of the prefix cache, was another's."""
+    settings = {"pads_decodes": True, "max_steps_in_flight": 2} if is_ahead else {}
+    check(scenario, tokens, expected_output_on, swaps=swaps, model=weights(VERSIONS[0]), **settings)
 
 
 @pytest.mark.parametrize("name", NATIVE_MODELS)
@@ -130,8 +158,35 @@ def test_with_the_cpp_ops_tokens_and_logprobs_equal_a_naive_recompute_bit_for_bi
     check(scenario, tokens_and_logprobs, expected, logprobs=0, model=model, kv_cache_dtype=kv_cache_dtype)
 
 
-def check(scenario, result_of, expected, *, logprobs=None, **settings):
-    """Run a scenario; what result_of finds in a sequence's deltas is what expected(prompt, max_tokens) says."""
+class Swapping:
+    """Publishes versions to an engine as it steps; old ones are dropped once nothing runs on them."""
+
+    def __init__(self, engine, swaps):
+        self.engine = engine
+        self.swaps = sorted(swaps, key=lambda swap: swap[0])
+        self.loaded = {engine.model.weight_version}
+
+    def before_step(self, step):
+        engine = self.engine
+        while self.swaps and self.swaps[0][0] <= step:
+            version = self.swaps.pop(0)[1]
+            if version not in self.loaded:
+                engine.add_weights(version, weights(version))
+                assert not engine.prepare_weights(version)
+                self.loaded.add(version)
+            engine.model = replace(engine.model, weight_version=version)
+        for version in self.loaded - {engine.model.weight_version}:
+            if not engine._scheduler.num_on(version):
+                engine.drop_weights(version)
+                self.loaded.remove(version)
+                break
+
+
+def check(scenario, result_of, expected, *, logprobs=None, swaps=None, **settings):
+    """Run a scenario; what result_of finds in a sequence's deltas is what expected(prompt, max_tokens) says.
+
+    With swaps, expected takes the weight version before these.
+    """
     arrivals, block_size = scenario["arrivals"], scenario["block_size"]
     longest = max(len(some_prompts()[prompt]) + max_tokens for prompt, max_tokens, *_ in arrivals)
     engine = tiny_engine(
@@ -143,22 +198,28 @@ def check(scenario, result_of, expected, *, logprobs=None, **settings):
         policy=scenario["policy"],
         **settings,
     )
-    outputs, finish_reasons, wanted, aborts = {}, {}, {}, {}
+    outputs, finish_reasons, wanted, aborts, versions = {}, {}, {}, {}, {}
+    swapping = None if swaps is None else Swapping(engine, swaps)
 
     def take(deltas):
         for delta in deltas:
             outputs[delta.seq_id] += result_of(delta)
             finish_reasons[delta.seq_id] = delta.output.finish_reason
+            assert delta.output.weight_version == versions[delta.seq_id]
 
     step, pending = 0, sorted(arrivals, key=lambda arrival: arrival[2])
     while pending or engine.has_work:
+        if swapping:
+            swapping.before_step(step)
         while pending and pending[0][2] <= step:
             prompt, max_tokens, _, priority, abort_after = pending.pop(0)
             sampling = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=logprobs)
             request = GenerationRequest("r", some_prompts()[prompt], sampling, priority)
             (seq,) = engine.sequences_of(request)
             outputs[seq.seq_id] = ()
-            wanted[seq.seq_id] = expected(some_prompts()[prompt], max_tokens)
+            versions[seq.seq_id] = engine.model.weight_version
+            version = () if swaps is None else (engine.model.weight_version,)
+            wanted[seq.seq_id] = expected(*version, some_prompts()[prompt], max_tokens)
             if abort_after is not None:
                 aborts[seq.seq_id] = step + abort_after
             engine.add(seq)

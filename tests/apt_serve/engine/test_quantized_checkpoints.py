@@ -50,7 +50,7 @@ def generate(folder: Path, **settings: str) -> list[int]:
 
 
 def formats(folder: Path, **settings: str) -> set[str]:
-    model = LLM(str(folder), num_threads=1, **settings).engine._executor._model
+    model = LLM(str(folder), num_threads=1, **settings).engine._executor._forward.model
     return {type(layer.mlp.gate_up_proj.weight).__name__ for layer in model.model.layers}
 
 

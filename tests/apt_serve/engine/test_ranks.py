@@ -79,7 +79,7 @@ async def test_a_worker_killed_midway(serving: AsyncEngine) -> None:
     started = time.monotonic()
     with pytest.raises(GenerationFailedError, match=rf"rank 1 \(process {worker.pid}\) was killed by SIGKILL"):
         await generate(serving, lambda: os.kill(worker.pid, signal.SIGKILL))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 40  # not the 60 s of a stall
     assert not serving.stats().is_alive
     with pytest.raises(EngineStoppedError, match="rank 1"):
         await generate(serving)
@@ -94,14 +94,14 @@ async def test_a_worker_that_hangs(serving: AsyncEngine) -> None:
         match=rf"longer than stall_timeout_s.*\nrank 1 \(process {worker.pid}\) does not answer",
     ):
         await generate(serving, lambda: os.kill(worker.pid, signal.SIGSTOP))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40
     assert not serving.stats().is_alive
 
 
 async def test_a_worker_killed_while_there_is_nothing_to_do(serving: AsyncEngine) -> None:
     (worker,) = workers()
     worker.kill()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while serving.stats().is_alive:
             await asyncio.sleep(0.05)
     with pytest.raises(GenerationFailedError, match="rank 1"):
@@ -221,7 +221,7 @@ def test_ranks_end_with_the_process_that_started_them(end: str, folder: Path, tm
         worker = psutil.Process(int(process.stdout.readline()))
         if end == "SIGKILL":
             process.kill()
-        _, errors = process.communicate("\n", timeout=30)
-        worker.wait(timeout=10)
+        _, errors = process.communicate("\n", timeout=60)
+        worker.wait(timeout=60)
         assert process.returncode == (0 if end == "exit" else -signal.SIGKILL)
         assert end == "SIGKILL" or "Error" not in errors

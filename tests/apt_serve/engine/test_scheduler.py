@@ -474,3 +474,44 @@ def test_a_sequence_that_waits_for_blocks_is_looked_up_again_only_when_some_are_
         run(scheduler)
     assert looked_up == [running, waiting, waiting]
     assert not scheduler.has_work
+
+
+def on_weights(version: str, *sequences: Sequence) -> None:
+    for seq in sequences:
+        seq.weight_version = version
+
+
+def test_weight_versions_take_turns_and_each_step_has_one() -> None:
+    scheduler = make_scheduler()
+    old, new = [make_sequence(3), make_sequence(3)], [make_sequence(3), make_sequence(3)]
+    on_weights("1-a", *old)
+    on_weights("2-b", *new)
+    add(scheduler, *old)
+    run(scheduler)
+    add(scheduler, *new)
+    steps = [run(scheduler) for _ in range(6)]
+    assert [step.weight_version for step in steps] == ["1-a", "2-b"] * 3
+    for step in steps:
+        assert tokens_of(step).keys() == {seq.seq_id for seq in (old if step.weight_version == "1-a" else new)}
+    for seq in old:
+        scheduler.abort(seq.seq_id)
+    assert scheduler.num_on("1-a") == 0
+    assert [run(scheduler).weight_version for _ in range(2)] == ["2-b"] * 2
+
+
+def test_memory_goes_by_the_order_of_sequences_whatever_their_weights() -> None:
+    scheduler = make_scheduler(num_blocks=5, caching=False)
+    first, second = make_sequence(7, 8), make_sequence(7, 8)
+    on_weights("1-a", first)
+    on_weights("2-b", second)
+    add(scheduler, first)
+    run(scheduler)
+    scheduler.add(second)
+    while second.slot < 0:
+        run(scheduler)
+    while first.num_output_tokens < 8:
+        run(scheduler)
+    assert scheduler.num_preemptions == 1
+    while scheduler.has_work:
+        run(scheduler)
+    assert second.num_output_tokens == 8

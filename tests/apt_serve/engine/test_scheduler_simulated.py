@@ -23,7 +23,12 @@ from apt_serve.engine.step import AddedSequence, ScheduledSequence, SequenceOutp
 MAX_MODEL_LEN = 40
 STOP_TOKEN = 3
 Prefix = tuple[tuple[str, ...], tuple[int, ...]]
-"""Extra keys and all tokens up to a position: what keys and values at that position depend on."""
+"""Weight version, extra keys, and all tokens up to a position: what keys and values at that position depend on."""
+
+
+def keys_of(seq: Sequence) -> tuple[str, ...]:
+    """What they depend on beside tokens."""
+    return (seq.weight_version, *seq.extra_keys)
 
 
 def next_token(prefix: Prefix) -> int:
@@ -31,11 +36,11 @@ def next_token(prefix: Prefix) -> int:
     return (0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, STOP_TOKEN)[crc32(repr(prefix).encode()) % 12]
 
 
-def continuation(prompt: list[int], extra_keys: tuple[str, ...], max_tokens: int) -> list[int]:
+def continuation(prompt: list[int], keys: tuple[str, ...], max_tokens: int) -> list[int]:
     """The output that no batching, caching or preemption may change."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens and (len(tokens) == len(prompt) or tokens[-1] != STOP_TOKEN):
-        tokens.append(next_token((extra_keys, tuple(tokens))))
+        tokens.append(next_token((keys, tuple(tokens))))
     return tokens[len(prompt) :]
 
 
@@ -48,7 +53,7 @@ class Row:
     added: AddedSequence
     token_ids: list[int]
     block_ids: list[int]
-    extra_keys: tuple[str, ...]
+    keys: tuple[str, ...]
 
 
 @dataclass
@@ -74,12 +79,12 @@ class SimulatedRunner:
         for added in step.added:
             assert added.slot not in self.rows, "a slot was given away before its row was removed"
             assert added.num_prompt_tokens == sequences[added.seq_id].num_prompt_tokens
-            keys = sequences[added.seq_id].extra_keys
+            keys = keys_of(sequences[added.seq_id])
             self.rows[added.slot] = Row(added, list(added.token_ids), list(added.block_ids), keys)
         if fault == 1:
             raise SimulatedFault
         for s in step.scheduled:
-            self.write(s, spoil=fault is not None)
+            self.write(s, step.weight_version, spoil=fault is not None)
         if fault is not None:
             raise SimulatedFault
         return StepOutput(tuple(self.read_and_sample(s) for s in step.scheduled))
@@ -94,24 +99,25 @@ class SimulatedRunner:
         assert {a.slot for a in step.added} <= set(slots)
         assert len(set(step.removed_slots)) == len(step.removed_slots)
 
-    def write(self, s: ScheduledSequence, *, spoil: bool) -> None:
+    def write(self, s: ScheduledSequence, weight_version: str, *, spoil: bool) -> None:
         row = self.rows[s.slot]
         assert row.added.seq_id == s.seq_id
+        assert row.keys[0] == weight_version, "a step has sequences of one version"
         row.block_ids.extend(s.new_block_ids)
         for position in range(s.start, s.start + s.num_tokens):
             tokens = (-1,) if spoil else tuple(row.token_ids[: position + 1])
-            self.cache[self.place(row, position)] = (row.extra_keys, tokens)
+            self.cache[self.place(row, position)] = (row.keys, tokens)
 
     def read_and_sample(self, s: ScheduledSequence) -> SequenceOutput:
         row = self.rows[s.slot]
         end = s.start + s.num_tokens
         for position in range(end):
-            expected = (row.extra_keys, tuple(row.token_ids[: position + 1]))
+            expected = (row.keys, tuple(row.token_ids[: position + 1]))
             assert self.cache[self.place(row, position)] == expected, f"{s.seq_id} reads what is not its own"
         assert not s.samples or end == len(row.token_ids)
         if not s.samples:
             return SequenceOutput(s.seq_id, (), end)
-        row.token_ids.append(next_token((row.extra_keys, tuple(row.token_ids))))
+        row.token_ids.append(next_token((row.keys, tuple(row.token_ids))))
         return SequenceOutput(s.seq_id, (row.token_ids[-1],), end)
 
     def place(self, row: Row, position: int) -> tuple[int, int]:
@@ -165,6 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(0, 17),
         priority=st.integers(0, 2),
         keys=st.sampled_from([(), (), ("adapter",)]),
+        weights=st.sampled_from(["1-a", "1-a", "1-a", "2-b", "3-c"]),
         is_scored=st.booleans(),
         num_choices=st.integers(1, 3),
     )
@@ -174,6 +181,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens: int,
         priority: int,
         keys: tuple[str, ...],
+        weights: str,
         is_scored: bool,
         num_choices: int,
     ) -> None:
@@ -189,6 +197,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 priority=priority,
                 arrival_order=self.num_added,
                 extra_keys=keys,
+                weight_version=weights,
             )
             self.live[seq.seq_id] = seq
             self.scheduler.add(seq)
@@ -262,7 +271,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def finish(self, seq: Sequence) -> None:
         prompt, output = seq.token_ids[: seq.num_prompt_tokens], seq.token_ids[seq.num_prompt_tokens :]
-        assert output == continuation(prompt, seq.extra_keys, seq.max_tokens)
+        assert output == continuation(prompt, keys_of(seq), seq.max_tokens)
         assert not (seq.wants_prompt_logprobs and seq.num_cached_tokens)
         self.scheduler.finish(seq)
         del self.live[seq.seq_id]

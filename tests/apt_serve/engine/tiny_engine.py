@@ -44,9 +44,9 @@ NATIVE_CONFIG = replace(CONFIG, hidden_size=64, intermediate_size=96, head_dim=1
 
 
 @lru_cache
-def tiny_model(dtype=torch.float64, config=CONFIG):
+def tiny_model(dtype=torch.float64, config=CONFIG, seed=0):
     """Weights wide enough that greedy output varies with the prompt."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     model = build_model(config, "cpu").to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4, generator=generator)
@@ -81,6 +81,7 @@ def tiny_engine(
     settings = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32} | settings
     config = EngineConfig(num_kv_blocks=num_kv_blocks, **settings)
     kv_cache = empty_cache(model, num_kv_blocks, config.block_size, config.kv_cache_dtype)
+    weight_version = "1-a"
     info = ModelInfo(
         name="tiny",
         created=int(time.time()),
@@ -90,6 +91,7 @@ def tiny_engine(
         tokenizer=tiny_tokenizer(),
         eos_token_ids=frozenset({EOS}),
         default_sampling={},
+        weight_version=weight_version,
     )
     runner = ModelRunner(
         model,
@@ -97,6 +99,7 @@ def tiny_engine(
         max_num_seqs=config.max_num_seqs,
         max_model_len=info.max_model_len,
         eos_token_ids=info.eos_token_ids,
+        weight_version=weight_version,
         pads_decodes=pads_decodes,
         max_steps_in_flight=max_steps_in_flight,
     )
@@ -110,20 +113,20 @@ def empty_cache(model, num_blocks, block_size, kv_cache_dtype="auto"):
     return allocate_kv_cache(model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=CPU)
 
 
-def naive_logits(token_ids):
+def naive_logits(token_ids, model=None):
     """Logits [T, V] of a full recompute without any cache."""
     with torch.inference_mode():
-        model = tiny_model()
+        model = model or tiny_model()
         metadata = AttentionMetadata.for_full_sequences([len(token_ids)])
         hidden = model(model.embed(torch.tensor(token_ids)), torch.arange(len(token_ids)), metadata)
         return model.logits(hidden)
 
 
-def naive_greedy(prompt, max_tokens, *, stops_at_eos=True):
+def naive_greedy(prompt, max_tokens, *, stops_at_eos=True, model=None):
     """Greedy continuation, recomputing everything for each token."""
     token_ids = list(prompt)
     while len(token_ids) - len(prompt) < max_tokens:
-        token_ids.append(int(naive_logits(token_ids)[-1].argmax()))
+        token_ids.append(int(naive_logits(token_ids, model)[-1].argmax()))
         if stops_at_eos and token_ids[-1] == EOS:
             break
     return token_ids[len(prompt) :]

@@ -1,8 +1,9 @@
 """The order of tokens depends on seed, files and settings only; every prediction is in it once an epoch."""
 
+import gc
 import itertools
 import json
-import tracemalloc
+import threading
 from collections import Counter
 
 import pytest
@@ -14,32 +15,8 @@ from apt_core.errors import ConfigError
 from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
 from apt_core.registry import build_model
-from apt_train.data import UNSCORED, DataConfig, DataLoader
-from apt_train.data.sources import find_files, read_records
-
-END = 256
-
-
-def loader(config, tokenizer, **more):
-    return DataLoader(config, tokenizer, **({"vocab_size": 257, "end_id": END} | more))
-
-
-def sequences(batch):
-    """Inputs and labels of each sequence; padding is left out."""
-    bounds = batch.cu_seqlens.tolist()
-    for begin, end in itertools.pairwise(bounds):
-        if end > begin and (batch.labels[begin:end] != UNSCORED).any():
-            yield batch.input_ids[begin:end].tolist(), batch.labels[begin:end].tolist()
-
-
-def predictions(batches):
-    return [
-        pair for batch in batches for inputs, labels in sequences(batch) for pair in zip(inputs, labels, strict=True)
-    ]
-
-
-def same(a, b):
-    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("input_ids", "labels", "positions", "cu_seqlens"))
+from apt_train.data import UNSCORED, DataConfig
+from tests.apt_train.data.batches import END, loader, predictions, same, sequences
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +51,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(fields=SETTINGS)
 def test_every_prediction_is_there_once_an_epoch(folder, tokenizer, fields):
     config = config_of(folder, **fields)
@@ -87,7 +64,7 @@ def test_every_prediction_is_there_once_an_epoch(folder, tokenizer, fields):
     assert found == Counter({pair: count * config.epochs for pair, count in expected.items()})
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(fields=SETTINGS, cut=st.data())
 def test_a_resume_at_any_place_with_any_number_of_ranks_goes_on_exactly(folder, tokenizer, fields, cut):
     config = config_of(folder, **fields)
@@ -95,7 +72,7 @@ def test_a_resume_at_any_place_with_any_number_of_ranks_goes_on_exactly(folder, 
     done, state = 0, None
     while done < len(whole):
         ranks = cut.draw(st.integers(1, 4))
-        steps = cut.draw(st.integers(1, 6))
+        steps = cut.draw(st.integers(1, 40))
         loaders = [loader(config, tokenizer, rank=rank, num_ranks=ranks) for rank in range(ranks)]
         for each in loaders:
             if state is not None:
@@ -182,18 +159,6 @@ def test_only_the_assistants_words_are_scored(tmp_path, tokenizer):
     assert tokenizer.decode(inputs) == "[user]a;[assistant]BC;[user]d;[assistant]E"
 
 
-def test_a_corrupt_line_is_named_or_skipped(folder, tmp_path, tokenizer):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(
-        b'{"text": "fine"}\n\n{"text": oops\n{"txt": "x"}\n{"text": 3}\n{"text": "\\ud800"}\n{"text": "last"}\n'
-    )
-    config = DataConfig(paths=(str(path),), epochs=1, micro_batch_tokens=64, on_bad_record="error")
-    with pytest.raises(ConfigError, match=r"bad\.jsonl:3: is not JSON"):
-        list(loader(config, tokenizer))
-    skipping = loader(DataConfig(paths=(str(path),), epochs=1, micro_batch_tokens=64, on_bad_record="skip"), tokenizer)
-    assert len(list(sequences(next(skipping)))) == 2 and skipping.num_skipped == 4
-
-
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -231,47 +196,58 @@ def test_a_resume_in_another_order_is_refused(folder, tokenizer):
         loader(config_of(folder, seed=1), tokenizer).load_state_dict(state)
 
 
-@pytest.mark.parametrize("unit", ["file", "paragraph"])
-def test_text_is_read_whole_from_any_place_and_never_cuts_a_character(tmp_path, unit, monkeypatch):
-    monkeypatch.setattr("apt_train.data.sources.MAX_TEXT_BYTES", 10)
-    text = "één alinea\n\nfür\nñandú 日本語日本語日本語\n \n\n🙂🙂🙂🙂 last"
-    (tmp_path / "a.txt").write_text(text)
-    config = DataConfig(paths=(f"{tmp_path}/a.txt",), text_documents=unit)
-    (file,) = find_files(config.paths, config, field="data.paths")
-    records = list(read_records(file, 0, config))
-    assert "".join("".join(r.data.decode() for r in records).split()) == "".join(text.split())
-    for i, record in enumerate(records):
-        assert [r.data for r in read_records(file, record.end, config)] == [r.data for r in records[i + 1 :]]
+@pytest.mark.parametrize("epochs", [1, None])
+@pytest.mark.parametrize("fields", [{"validation_share": 0.0}, {"validation_share": 0.5}])
+def test_data_in_which_there_is_nothing_to_predict_are_refused(tmp_path, tokenizer, epochs, fields):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n{"text": ""}\n')
+    config = DataConfig(paths=(str(path),), epochs=epochs, on_bad_record="skip", **fields)
+    with pytest.raises(ConfigError, match=r"data\.paths: no document for train has 2 tokens"):
+        loader(config, tokenizer, end_id=None)
 
 
-def test_a_file_larger_than_the_window_is_never_in_memory(tmp_path, tokenizer):
-    path = tmp_path / "big.txt"
-    path.write_bytes(b"")
-    paragraph = b"word " * 2000 + b"\n\n"
-    with path.open("wb") as file:
-        for _ in range(20):
-            file.write(paragraph * 1000)
-    assert path.stat().st_size > 190_000_000
-    config = DataConfig(paths=(str(path),), text_documents="paragraph", shuffle_mib=1, prefetch=2)
-    data = loader(config, tokenizer)
-    tracemalloc.start()
-    for _ in range(3):
-        next(data)
-    peak = tracemalloc.get_traced_memory()[1]
+def test_copies_of_a_document_are_held_out_together(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    lines = [{"id": copy, "text": f"text {i}"} for copy in range(3) for i in range(30)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(paths=(str(path),), validation_share=0.5, epochs=1)
+    found = {
+        split: Counter(
+            tuple(inputs) for batch in loader(config, tokenizer, split=split) for inputs, _ in sequences(batch)
+        )
+        for split in ("train", "validation")
+    }
+    assert not found["train"].keys() & found["validation"].keys()
+    assert set(found["train"].values()) == set(found["validation"].values()) == {3}
+
+
+def test_held_out_documents_are_not_searched_for_in_all_files(tmp_path, tokenizer):
+    """Evaluation would read a whole large data set each time: here it would come upon a line that cannot be read."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " + "x" * 50}) + "\n" for i in range(1000)) + "oops\n")
+    config = DataConfig(paths=(str(path),), validation_share=0.1, shuffle_mib=0.01, micro_batch_tokens=48, prefetch=1)
+    held_out = loader(config, tokenizer, split="validation")
+    assert next(held_out).num_scored
+    held_out.close()
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1001"):
+        list(loader(config, tokenizer, split="validation"))
+
+
+def test_reading_ahead_ends_with_the_loader(folder, tokenizer):
+    def readers():
+        return [thread for thread in threading.enumerate() if thread.name == "apt-data"]
+
+    data, forgotten = (loader(config_of(folder, prefetch=1), tokenizer) for _ in range(2))
+    before = predictions([next(data), next(data)])
+    next(forgotten)
+    assert len(readers()) == 2
     data.close()
-    tracemalloc.stop()
-    assert peak < 60e6
-
-
-def test_parquet_is_read_from_any_row(tmp_path, tokenizer):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"body": [f"row {i}" for i in range(900)]}), path, row_group_size=400)
-    config = DataConfig(paths=(str(path),), column="body")
-    (file,) = find_files(config.paths, config, field="data.paths")
-    values = [record.data for record in read_records(file, 0, config)]
-    assert values == [f"row {i}" for i in range(900)]
-    for begin in (1, 257, 399, 400, 899):
-        assert [record.data for record in read_records(file, begin, config)] == values[begin:]
-    with pytest.raises(ConfigError, match=r"data\.column.*'text'; it has body"):
-        loader(DataConfig(paths=(str(path),)), tokenizer)
+    assert len(readers()) == 1
+    (last,) = readers()
+    del forgotten
+    gc.collect()
+    last.join(30)
+    assert not last.is_alive()
+    again = predictions([next(data), next(data)])
+    data.close()
+    assert before + again == predictions(itertools.islice(loader(config_of(folder), tokenizer), 4))

@@ -105,6 +105,8 @@ def test_a_damaged_file_of_parts_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", [OSError(errno.EIO, "bad cable"), TimeoutError(), ConnectionResetError()], ids=repr)
 def test_a_passing_fault_is_tried_again(fault: OSError) -> None:
     outcomes = [fault, fault, None]
+    noted: list[BaseException] = []
+    waits: list[float] = []
 
     def call() -> str:
         outcome = outcomes.pop(0)
@@ -112,7 +114,9 @@ def test_a_passing_fault_is_tried_again(fault: OSError) -> None:
             raise outcome
         return "done"
 
-    assert with_backoff(call, SETTINGS, "the save") == "done"
+    assert with_backoff(call, SETTINGS, "the save", note=noted.append, sleep=waits.append) == "done"
+    assert noted == [fault, fault]
+    assert len(waits) == 2
 
 
 def test_a_fault_that_does_not_pass_is_raised_after_the_last_attempt() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from apt_train.errors.board import Board, Heartbeat, ProcessId, Stop
-from apt_train.errors.watchdog import ExitCode, report_text, stalled_ranks
+from apt_train.errors.stop_report import report_text, stalled_ranks
+from apt_train.errors.watchdog import ExitCode, WatchdogSettings, _Phase
 
 ROOT = Path(__file__).parents[3]
 SIGKILLED = -9
@@ -101,10 +102,23 @@ def test_a_rank_that_cannot_answer_is_named_and_ended(how: str, culprit: int, tm
     assert seconds < 10
 
 
-def test_a_long_phase_that_was_announced_is_no_hang(tmp_path: Path) -> None:
-    with ranks(2, "slow", 0, tmp_path) as processes:
+@pytest.mark.parametrize("how", ["slow", "retry"])
+def test_neither_an_announced_phase_nor_a_rank_that_others_wait_for_is_a_hang(how: str, tmp_path: Path) -> None:
+    with ranks(2, how, 0, tmp_path) as processes:
         assert [process.wait(timeout=60) for process in processes] == [0, 0]
     assert not list((tmp_path / "watch").glob("*/stop.json"))
+
+
+def test_a_phase_may_take_three_times_as_long_as_it_took_before() -> None:
+    settings = WatchdogSettings(stall_after_s=1.0, start_s=60.0)
+    phase = _Phase()
+    assert phase.allowed_s(settings) == 60.0
+    phase.took(5.0)  # it compiled
+    assert phase.allowed_s(settings) == 15.0
+    phase.took(0.1)
+    assert phase.allowed_s(settings) == 1.0
+    phase.took(2.0)
+    assert phase.allowed_s(settings) == 6.0
 
 
 def heartbeat(rank: int, progress: int) -> Heartbeat:

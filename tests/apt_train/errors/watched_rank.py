@@ -16,6 +16,7 @@ from apt_train.errors.watchdog import WatchdogSettings, open_watchdog
 
 SETTINGS = WatchdogSettings(interval_s=0.2, silent_after_s=2.0, stall_after_s=3.0, start_s=60.0, settle_s=1.0)
 BAD_STEP = 3
+MISBEHAVIOURS = ("raise", "hang", "kill", "stop", "lock")
 
 
 def misbehave(how: str) -> None:
@@ -43,7 +44,11 @@ def main(rank: int, size: int, how: str, culprit: int, folder: Path) -> None:
             if step == BAD_STEP and how == "slow":
                 with watchdog.allow(60, "checkpoint"):
                     time.sleep(1.5 * SETTINGS.stall_after_s)
-            elif step == BAD_STEP and rank == culprit:
+            elif step == BAD_STEP and how == "retry" and rank == culprit:
+                for _ in range(20):
+                    watchdog.progress(step, "reading again")
+                    time.sleep(1.5 * SETTINGS.stall_after_s / 20)
+            elif step == BAD_STEP and how in MISBEHAVIOURS and rank == culprit:
                 (folder / "misbehaves").write_text(str(time.time()))
                 misbehave(how)
             dist.all_reduce(torch.ones(3))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apt_core.quantization import quantize_grouped
-from apt_train.quantize.gptq import inverse_factor, quantize_gptq
-from apt_train.quantize.settings import GPTQSettings
+from apt_core.checkpoint.formats.compressed_tensors_writer import WritableWeight
+from apt_train.quantize.gptq import gptq, inverse_factor
+from apt_train.quantize.rounding import Rounder
+from apt_train.quantize.settings import GPTQSettings, Scheme
 
-NUM_OUT, NUM_IN, GROUP = 40, 192, 64
+NUM_OUT, NUM_IN = 40, 192
 IN_ORDER = GPTQSettings(act_order=False)
+INT4 = Rounder("w4a16", 64)
+SCHEMES: tuple[Scheme, ...] = ("w4a16", "w8a8-dynamic", "w8a8-static", "fp8")
+NO_INPUTS = torch.zeros(NUM_IN)
 
 
 @pytest.fixture
@@ -27,26 +31,36 @@ def inputs() -> torch.Tensor:
     return mixed + torch.randn(1000, NUM_IN, generator=generator)
 
 
+def quantized(
+    weight: torch.Tensor, hessian: torch.Tensor, settings: GPTQSettings, rounder: Rounder = INT4
+) -> WritableWeight:
+    return rounder.stored(*gptq(weight, hessian, rounder, settings), NO_INPUTS)
+
+
 def error(weight: torch.Tensor, found: torch.Tensor, inputs: torch.Tensor) -> float:
     return ((inputs @ (found - weight).T).norm() / (inputs @ weight.T).norm()).item()
 
 
 @pytest.mark.parametrize("settings", [GPTQSettings(), IN_ORDER], ids=["act-order", "in order"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_outputs_change_much_less_than_by_rounding_to_nearest(
-    settings: GPTQSettings, weight: torch.Tensor, inputs: torch.Tensor
+    settings: GPTQSettings, scheme: Scheme, weight: torch.Tensor, inputs: torch.Tensor
 ) -> None:
     train, unseen = inputs[:800], inputs[800:]
-    found = quantize_gptq(weight, train.T @ train, GROUP, settings)
-    nearest = quantize_grouped(weight, GROUP)
-    assert error(weight, found.dequantize(), unseen) < 0.4 * error(weight, nearest.dequantize(), unseen)
+    rounder = Rounder(scheme, 64)
+    found = quantized(weight, train.T @ train, settings, rounder)
+    nearest = rounder.nearest(weight, NO_INPUTS)
+    assert error(weight, found.dequantize(), unseen) < 0.5 * error(weight, nearest.dequantize(), unseen)
     assert error(weight, nearest.dequantize(), unseen) < 0.2
 
 
 def test_uncorrelated_inputs_of_one_size_give_rounding_to_nearest(weight: torch.Tensor) -> None:
-    nearest = quantize_grouped(weight, GROUP)
-    for settings in (GPTQSettings(), IN_ORDER):
-        found = quantize_gptq(weight, torch.eye(NUM_IN) * 7, GROUP, settings)
-        assert torch.equal(found.codes, nearest.codes) and torch.equal(found.scales, nearest.scales)
+    for scheme in SCHEMES:
+        rounder = Rounder(scheme, 64)
+        nearest = rounder.nearest(weight, NO_INPUTS).dequantize()
+        for settings in (GPTQSettings(), IN_ORDER):
+            found = quantized(weight, torch.eye(NUM_IN) * 7, settings, rounder)
+            assert torch.equal(found.dequantize(), nearest)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -54,9 +68,9 @@ def test_the_block_decides_nothing(act_order: bool, weight: torch.Tensor, inputs
     """Sums are added in another order, so a code on the edge may fall to the other side, and those after it follow."""
     hessian = inputs.T @ inputs
     whole, blocks = (
-        quantize_gptq(weight, hessian, GROUP, GPTQSettings(act_order=act_order, block=block)) for block in (NUM_IN, 64)
+        gptq(weight, hessian, INT4, GPTQSettings(act_order=act_order, block=block))[0] for block in (NUM_IN, 64)
     )
-    assert (whole.codes == blocks.codes).double().mean() > 0.98
+    assert (whole == blocks).double().mean() > 0.98
 
 
 def test_each_correction_is_the_least_squares_one(weight: torch.Tensor, inputs: torch.Tensor) -> None:
@@ -73,19 +87,19 @@ def test_inputs_that_are_never_there_do_no_harm(weight: torch.Tensor, inputs: to
     inputs[:, 5] = 0
     hessian = inputs.T @ inputs
     for settings in (GPTQSettings(), IN_ORDER):
-        assert error(weight, quantize_gptq(weight, hessian, GROUP, settings).dequantize(), inputs) < 0.1
-    nothing = quantize_gptq(weight, torch.zeros(NUM_IN, NUM_IN), GROUP, GPTQSettings())
-    assert torch.equal(nothing.codes, quantize_grouped(weight, GROUP).codes)
+        assert error(weight, quantized(weight, hessian, settings).dequantize(), inputs) < 0.1
+    nothing = quantized(weight, torch.zeros(NUM_IN, NUM_IN), GPTQSettings())
+    assert torch.equal(nothing.dequantize(), INT4.nearest(weight, NO_INPUTS).dequantize())
 
 
 def test_layers_that_share_inputs_may_lie_above_each_other(weight: torch.Tensor, inputs: torch.Tensor) -> None:
     hessian = inputs.T @ inputs
-    together = quantize_gptq(weight, hessian, GROUP, GPTQSettings())
+    together, _ = gptq(weight, hessian, INT4, GPTQSettings())
     for part in (slice(0, 16), slice(16, NUM_OUT)):
-        alone = quantize_gptq(weight[part], hessian, GROUP, GPTQSettings())
-        assert (alone.codes == together.codes[part]).double().mean() > 0.98
+        alone, _ = gptq(weight[part], hessian, INT4, GPTQSettings())
+        assert (alone == together[part]).double().mean() > 0.98
 
 
 def test_activations_that_are_not_finite_are_refused(weight: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="Hessian"):
-        quantize_gptq(weight, torch.full((NUM_IN, NUM_IN), torch.nan), GROUP, GPTQSettings())
+        gptq(weight, torch.full((NUM_IN, NUM_IN), torch.nan), INT4, GPTQSettings())

@@ -10,7 +10,7 @@ import torch
 from apt_core.checkpoint import Checkpoint, load_into, open_checkpoint
 from apt_core.models.decoder import DecoderForCausalLM
 from apt_core.registry import build_model
-from apt_train.quantize import QuantizeSettings, TextSettings
+from apt_train.quantize import QuantizationReport, QuantizeSettings, TextSettings, quantize
 from apt_train.quantize.simulate import simulate
 from tests.apt_core.checkpoint.tiny import CORPUS, save_folder
 
@@ -40,11 +40,15 @@ def save_text(folder: Path) -> str:
     return str(path)
 
 
-def settings(folder: Path, source: Path, **others: Any) -> QuantizeSettings:
+def settings(folder: Path, **others: Any) -> QuantizeSettings:
     """With few short windows."""
     text = TextSettings(save_text(folder), windows=8, length=32)
-    values: dict[str, Any] = {"output": str(folder / "out"), "calibration": text, "evaluation": text}
-    return QuantizeSettings(source=str(source), **(values | others))
+    return QuantizeSettings(**({"calibration": text, "evaluation": text} | others))
+
+
+def quantized(folder: Path, source: Path, output: str = "out", **others: Any) -> QuantizationReport:
+    """Write a folder within another."""
+    return quantize(str(source), str(folder / output), settings(folder, **others))
 
 
 def loaded(checkpoint: Checkpoint) -> DecoderForCausalLM:

@@ -94,7 +94,7 @@ def text(outputs: list[GenerationOutput], index: int = 0) -> str:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 
