@@ -90,9 +90,8 @@ def whole_head_loss(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, with_accuracy: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A `HeadLoss` where the weight is whole."""
-    weight = weight.to(hidden.dtype)
     losses, _ = ops.linear_cross_entropy(hidden, weight, labels)
-    return losses, num_right(hidden, weight, labels) if with_accuracy else labels.new_zeros(())
+    return losses, num_right(hidden, weight.to(hidden.dtype), labels) if with_accuracy else labels.new_zeros(())
 
 
 @torch.no_grad()

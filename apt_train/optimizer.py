@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from apt_train.config import OptimizerSettings
@@ -38,7 +39,10 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings) -> tuple[Opt
             )
         )
     if groups:
-        optimizers.append(AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps))
+        is_plain = not any(isinstance(p, DTensor) for p in rest)  # the fused step takes no mix of both
+        optimizers.append(
+            AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=is_plain)
+        )
     return tuple(optimizers)
 
 

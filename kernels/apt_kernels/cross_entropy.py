@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 256 * 2**20
 """Of logits at once. Each chunk reads and writes the weight's whole gradient, so it should be some hundred tokens."""
 CHUNK_MULTIPLE = 128
+CACHED_BYTES = 2 * 2**20
+"""Of logits that a processor's cache holds from one pass over them to the next."""
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float, bool], None]
 """(logits [n, V], targets [n], losses [n], ignore_index, z_loss, with_gradient): writes the losses, and over the logits
@@ -35,17 +37,37 @@ def torch_step(
     z_loss: float,
     with_gradient: bool,
 ) -> None:
-    """A `Step` in torch's own ops."""
-    wide = logits.to(wide_dtype(logits.dtype))
-    is_ignored = targets == ignore_index
-    chosen = targets.masked_fill(is_ignored, 0).unsqueeze(1)
-    logsumexp = wide.logsumexp(-1, keepdim=True)
-    each = logsumexp - wide.gather(1, chosen) + z_loss * logsumexp.square()
-    losses.copy_(each.squeeze(1).masked_fill_(is_ignored, 0))
+    """A `Step` in torch's own ops, a few rows at a time on a processor: what they pass on stays in its cache."""
+    wide = wide_dtype(logits.dtype)
+    num_rows = len(logits)
+    if logits.device.type == "cpu":
+        num_rows = max(CACHED_BYTES // (logits.shape[1] * wide.itemsize), 1)
+    for rows in zip(*(x.split(num_rows) for x in (logits, targets, losses)), strict=True):
+        _step_on_rows(*rows, ignore_index, z_loss, with_gradient)
+
+
+def _step_on_rows(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    losses: torch.Tensor,
+    ignore_index: int,
+    z_loss: float,
+    with_gradient: bool,
+) -> None:
+    wide = wide_dtype(logits.dtype)
+    is_ignored = (targets == ignore_index).unsqueeze(1)
+    chosen = targets.unsqueeze(1).masked_fill(is_ignored, 0)
+    logprobs = logits.log_softmax(-1, dtype=wide)
+    chosen_logprobs = logprobs.gather(1, chosen)
+    each, factor = -chosen_logprobs, None
+    if z_loss:
+        logsumexp = logits.gather(1, chosen).to(wide) - chosen_logprobs
+        each, factor = each + z_loss * logsumexp.square(), 1 + 2 * z_loss * logsumexp
+    losses.copy_(each.masked_fill_(is_ignored, 0).squeeze(1))
     if with_gradient:
-        gradient = (wide - logsumexp).exp_().mul_(1 + 2 * z_loss * logsumexp)
+        gradient = logprobs.exp_() if factor is None else logprobs.exp_().mul_(factor)
         gradient.scatter_add_(1, chosen, gradient.new_full(chosen.shape, -1))
-        logits.copy_(gradient.masked_fill_(is_ignored.unsqueeze(1), 0))
+        logits.copy_(gradient.masked_fill_(is_ignored, 0))
 
 
 def define(name: str, step: Step) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -66,7 +88,7 @@ def define(name: str, step: Step) -> Callable[..., tuple[torch.Tensor, torch.Ten
         with_weight_grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         _, count, hidden_grad, weight_grad = outputs = _outputs(hidden, weight, with_hidden_grad, with_weight_grad)
-        weight_grad.zero_()
+        weight = weight.to(hidden.dtype)
         losses = torch.empty(len(hidden), dtype=outputs[0].dtype, device=hidden.device)
         logits = torch.empty(min(chunk_size, len(hidden)), len(weight), dtype=hidden.dtype, device=hidden.device)
         for start in range(0, len(hidden), chunk_size):
@@ -77,7 +99,9 @@ def define(name: str, step: Step) -> Callable[..., tuple[torch.Tensor, torch.Ten
             if with_hidden_grad:
                 torch.mm(chunk, weight, out=hidden_grad[rows])
             if with_weight_grad:
-                _add_product(weight_grad, chunk.T, hidden[rows])
+                _add_product(weight_grad, chunk.T, hidden[rows], is_first=start == 0)
+        if len(hidden) == 0:
+            weight_grad.zero_()
         torch.sum(losses, 0, out=outputs[0])
         torch.sum(targets != ignore_index, 0, out=count)
         return outputs
@@ -106,7 +130,7 @@ def define(name: str, step: Step) -> Callable[..., tuple[torch.Tensor, torch.Ten
         chunk_size: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-        size = chunk_size or max(CHUNK_BYTES // (len(weight) * weight.itemsize * CHUNK_MULTIPLE), 1) * CHUNK_MULTIPLE
+        size = chunk_size or max(CHUNK_BYTES // (len(weight) * hidden.itemsize * CHUNK_MULTIPLE), 1) * CHUNK_MULTIPLE
         total, count, _, _ = op(hidden, weight, targets, ignore_index, z_loss, size, *wanted)
         return total, count
 
@@ -126,14 +150,21 @@ def _outputs(
     )
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, without rounding the product to less than total's precision."""
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, is_first: bool) -> None:
+    """total += left @ right, or total = left @ right.
+
+    A GPU does not round the product to less than total's precision. A processor does, as it would for the gradient of
+    any layer in 16 bits: float32 products take it twice the time.
+    """
+    beta = 0 if is_first else 1
     if total.dtype == left.dtype:
-        torch.addmm(total, left, right, out=total)
+        torch.addmm(total, left, right, beta=beta, out=total)
     elif total.device.type == "cuda":
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
+    elif is_first:
+        total.copy_(left @ right)
     else:
-        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
+        total.add_(left @ right)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -13,6 +13,7 @@ from apt_kernels import cross_entropy, reference
 from apt_kernels.cpu import attention as cpu_attention
 from apt_kernels.cpu import linear as cpu_linear
 from apt_kernels.cpu import native
+from apt_kernels.cpu import varlen_attention as cpu_varlen_attention
 from apt_kernels.cpu.decoder import DecoderLayers, LayerWeights, Projection, can_run_layers, has_product
 from apt_kernels.cpu.linear import (
     PACKED_LAYOUT_VERSION,
@@ -292,7 +293,7 @@ def varlen_attention(
             query, key, value, cu_seqlens=cu_seqlens, scale=scale, window=window
         )
     if query.device.type == "cpu":
-        return cpu_attention.varlen_attention(query, key, value, cu_seqlens, scale, window)
+        return cpu_varlen_attention.varlen_attention(query, key, value, cu_seqlens, scale, window)
     return reference.varlen_attention(query, key, value, cu_seqlens, scale, window)
 
 
@@ -309,7 +310,8 @@ def linear_cross_entropy(
     The logits of a chunk of tokens exist at a time, and become the gradients at once (see `apt_kernels.cross_entropy`).
 
     Args:
-        hidden: [T, C]. weight: [V, C], which may be that of the embedding.
+        hidden: [T, C]. weight: [V, C], which may be that of the embedding; of hidden's dtype, or float32 where that is
+            of 16 bits: then the products are made in 16, and the gradient is float32 without a cast of its own.
         targets: [T] int64, ids or ignore_index.
         z_loss: adds so much of the square of each token's logsumexp.
 
@@ -320,11 +322,12 @@ def linear_cross_entropy(
         ValueError: shapes or dtypes that do not fit together; names the argument.
     """
     _require(hidden.dim() == 2, "hidden", f"must be [T, C], got {tuple(hidden.shape)}")
-    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype
+    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[1]
+    fits = fits and weight.dtype in (hidden.dtype, cross_entropy.wide_dtype(hidden.dtype))
     _require(fits and len(weight) > 0, "weight", f"must be {hidden.dtype} [V, {hidden.shape[1]}]")
     fits = targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
     _require(fits, "targets", f"must be int64 [{hidden.shape[0]}]")
-    if _is_triton(hidden, weight):
+    if _is_triton(hidden):
         return triton_cross_entropy.linear_cross_entropy(
             hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss
         )

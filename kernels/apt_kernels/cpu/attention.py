@@ -1,8 +1,6 @@
-"""Paged and variable-length attention on a processor, by torch's fused scaled_dot_product_attention."""
+"""Paged attention on a processor, by torch's fused scaled_dot_product_attention."""
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +39,6 @@ def paged_attention(
         keys, values = gather(block_tables[b : b + 1], contexts[b])
         out[rows_of_b] = _attend(query[rows_of_b], keys[0], values[0], scale, window)
     return out
-
-
-def varlen_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    """As `reference.varlen_attention`."""
-    bounds = cu_seqlens.tolist()
-    spans = [slice(start, end) for start, end in pairwise(bounds) if end > start]  # batches are padded with empty ones
-    return torch.cat([_attend(query[s], key[s], value[s], scale, window) for s in spans])
 
 
 def _buckets(context_lens: list[int]) -> dict[int, list[int]]:

@@ -94,7 +94,7 @@ def linear_cross_entropy(
     require_device(hidden=hidden, weight=weight, targets=targets)
     require(hidden.dim() == 2, "hidden", f"must be [T, C], got {tuple(hidden.shape)}")
     require(hidden.dtype in DTYPES, "hidden", f"must be one of {DTYPES}, got {hidden.dtype}")
-    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[1] and weight.dtype == hidden.dtype
+    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[1] and weight.dtype in (hidden.dtype, torch.float32)
     wanted = f"{hidden.dtype} [V, {hidden.shape[1]}]"
     require(fits and len(weight) > 0, "weight", f"must be {wanted}, got {weight.dtype} {tuple(weight.shape)}")
     fits = targets.shape == hidden.shape[:1] and targets.dtype == torch.int64 and targets.is_contiguous()
