@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apt_core.file_sum import FileSum
-
 from apt_core.errors import CheckpointError
+from apt_core.file_sum import FileSum
 
 MANIFEST = "manifest.json"
 FORMAT = 1

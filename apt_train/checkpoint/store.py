@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from apt_core.file_sum import FileSum
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
@@ -31,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from apt_core.errors import CheckpointError, ConfigError
+from apt_core.file_sum import FileSum
 from apt_train.checkpoint.manifest import Manifest, sync_file, sync_folder
 from apt_train.checkpoint.settings import CheckpointSettings
 from apt_train.state import RunState

@@ -42,8 +42,9 @@ def torch_step(
     num_rows = len(logits)
     if logits.device.type == "cpu":
         num_rows = max(CACHED_BYTES // (logits.shape[1] * wide.itemsize), 1)
-    for rows in zip(*(x.split(num_rows) for x in (logits, targets, losses)), strict=True):
-        _step_on_rows(*rows, ignore_index, z_loss, with_gradient)
+    for start in range(0, len(logits), num_rows):
+        rows = slice(start, start + num_rows)
+        _step_on_rows(logits[rows], targets[rows], losses[rows], ignore_index, z_loss, with_gradient)
 
 
 def _step_on_rows(

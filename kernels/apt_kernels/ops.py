@@ -293,7 +293,8 @@ def varlen_attention(
             query, key, value, cu_seqlens=cu_seqlens, scale=scale, window=window
         )
     if query.device.type == "cpu":
-        return cpu_varlen_attention.varlen_attention(query, key, value, cu_seqlens, scale, window)
+        out: torch.Tensor = cpu_varlen_attention.varlen_attention(query, key, value, cu_seqlens, scale, window)
+        return out
     return reference.varlen_attention(query, key, value, cu_seqlens, scale, window)
 
 

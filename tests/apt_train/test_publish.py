@@ -105,7 +105,7 @@ def test_a_published_step_is_what_the_server_then_runs_on(server: Running, capsy
 
 def test_a_quantized_folder_is_published_as_it_is(server: Running, tmp_path: Path) -> None:
     output = server.weights / "step-2-w4a16"
-    quantize(quantize_settings(tmp_path, tmp_path / "base", scheme="w4a16", group_size=32, output=str(output)))
+    quantize(str(tmp_path / "base"), str(output), quantize_settings(tmp_path, scheme="w4a16", group_size=32))
     version = handed_over(output, server.url, step=2)
     assert server.complete()["weight_version"] == version
     assert server.complete()["choices"][0]["token_ids"] == greedy(output)

@@ -33,7 +33,7 @@ class _Block:
     end: int
 
 
-@torch.compiler.disable  # blocks depend on the lengths
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # blocks depend on the lengths
 def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -45,7 +45,7 @@ def varlen_attention(
     """As `reference.varlen_attention`; differentiable once."""
     if torch.is_autocast_enabled("cpu"):  # as torch's own attention does
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    out: torch.Tensor = _VarlenAttention.apply(query, key, value, cu_seqlens, scale, window)
+    out: torch.Tensor = _VarlenAttention.apply(query, key, value, cu_seqlens, scale, window)  # type: ignore[no-untyped-call]
     return out
 
 
