@@ -163,6 +163,22 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True)
+class PublishStage:
+    """The hand-over to a running server at the end of a run, as `apt-train publish` does it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = FORBID
+
+    server: str | None = None
+    """Its base URL; None publishes nothing. Its admin token comes from the environment, APT_ADMIN_TOKEN."""
+    folder: str = "published"
+    """Where the model is written, as step-..., below a folder that the server may load from."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Element type of what is written."""
+    swap: Literal["overlap", "drain", "abort"] | None = None
+    """What becomes of requests that run; None leaves it to the server."""
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Length, batch and precision."""
 
@@ -215,6 +231,7 @@ class RunConfig:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    publish: PublishStage = field(default_factory=PublishStage)
     monitor: GradientSettings = field(default_factory=GradientSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     recovery: RecoverySettings = field(default_factory=RecoverySettings)

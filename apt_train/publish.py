@@ -84,15 +84,24 @@ def publish(settings: PublishSettings, report: Callable[[str], None]) -> str:
         PublishError: the server refuses the weights, or cannot be reached.
     """
     folder = Path(settings.folder).expanduser().resolve()
-    token = os.environ.get(TOKEN_VARIABLE)
-    if settings.server is not None and not token:
-        raise ConfigError("must hold the server's admin token", field=TOKEN_VARIABLE)
+    token = admin_token() if settings.server is not None else ""
     manifest = _write(folder, settings)
     report(f"{folder} holds version {manifest.version}")
     if settings.server is not None:
-        assert token is not None
         _Publication(settings, folder, manifest, _Admin(settings.server, token, settings.recovery), report).run()
     return manifest.version
+
+
+def admin_token() -> str:
+    """The server's, from the environment.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        raise ConfigError("must hold the server's admin token", field=TOKEN_VARIABLE)
+    return token
 
 
 def folder_probe(checkpoint: Checkpoint) -> Probe | None:

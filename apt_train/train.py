@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,9 +32,12 @@ from apt_train.monitor.gradients import GradientMonitor, UnhealthyGradientsError
 from apt_train.optimizer import build_optimizers
 from apt_train.parallel.dims import ParallelDims, data_group, join_processes
 from apt_train.parallel.parallelize import parallelize
+from apt_train.publish import PublishSettings, admin_token, publish
 from apt_train.schedule import learning_rate_factor
 from apt_train.speed import Stopwatch, product_rate
 from apt_train.state import RunState
+
+log = logging.getLogger(__name__)
 
 SAVE_S = 3600.0
 """A rank that writes a checkpoint is not taken for stuck before."""
@@ -55,6 +59,8 @@ def train(config: RunConfig) -> Summary:
     mesh = dims.mesh(device.type)
     rank = dist.get_rank() if mesh is not None else 0
     torch.manual_seed(config.run.seed)
+    if config.publish.server is not None:
+        admin_token()
     folder = _folder(config.run.folder)
     with Guard(config.recovery, config.watchdog, folder, rank=rank, num_ranks=dims.world_size) as guard:
         source = ModelSource(config.model)
@@ -176,17 +182,21 @@ class _Data:
 def _publish(
     config: RunConfig, state: RunState, store: CheckpointStore, journal: Journal, guard: Guard, rank: int
 ) -> None:
-    """The last checkpoint, and the model as servers load it."""
+    """The last checkpoint, the model as servers load it, and the hand-over to one that runs."""
     with guard.allow(SAVE_S, "checkpoint"):
         last = store.save_last(state)
     if rank != 0:
         return
-    written = journal.summary.written | {"checkpoint": last}
+    written = journal.summary.written
+    written["checkpoint"] = last
     if config.checkpoint.export != "none":
-        model = journal.summary.folder / "model"
-        export(last, model, dtype=config.checkpoint.export, replaces=True)
-        written |= {"model": model}
-    journal.summary.written = written
+        written["model"] = journal.summary.folder / "model"
+        export(last, written["model"], dtype=config.checkpoint.export, replaces=True)
+    if (stage := config.publish).server is not None and journal.summary.interrupted_by is None:
+        written["published"] = Path(stage.folder).expanduser() / last.name
+        if not written["published"].exists():
+            export(last, written["published"], dtype=stage.dtype)
+        publish(PublishSettings(str(written["published"]), state.step, stage.server, swap=stage.swap), log.info)
 
 
 def _folder(name: str) -> Path:

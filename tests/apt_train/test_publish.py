@@ -22,13 +22,14 @@ from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.llm import LLM
 from apt_serve.server import Server
-from apt_train.cli import main
+from apt_train.cli import USAGE_ERROR, main
 from apt_train.errors.recovery import RecoverySettings
 from apt_train.publish import PublishError, PublishSettings, publish
 from apt_train.quantize import quantize
 from tests.apt_serve.api.live_server import LiveServer, wait_until
 from tests.apt_serve.published import base_folder, reweigh
 from tests.apt_train.quantize.tiny import settings as quantize_settings
+from tests.apt_train.runs import write_config
 
 TOKEN = "correct-horse-battery-staple"
 QUICK = RecoverySettings(io_attempts=4, io_first_wait_s=0.01, io_longest_wait_s=0.05)
@@ -109,6 +110,25 @@ def test_a_quantized_folder_is_published_as_it_is(server: Running, tmp_path: Pat
     version = handed_over(output, server.url, step=2)
     assert server.complete()["weight_version"] == version
     assert server.complete()["choices"][0]["token_ids"] == greedy(output)
+
+
+def test_a_run_hands_over_what_it_has_trained(server: Running, tmp_path: Path) -> None:
+    flags = {"model.source": tmp_path / "base", "publish.server": server.url, "publish.folder": server.weights}
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    assert main(["run", write_config(tmp_path, 2), *arguments]) == 0
+    answer = server.complete()
+    assert answer["weight_version"].startswith("2-")
+    assert answer["choices"][0]["token_ids"] == greedy(tmp_path / "run/model")
+
+
+def test_a_run_that_could_not_hand_over_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("APT_ADMIN_TOKEN", raising=False)
+    flags = ["--publish.server", "http://127.0.0.1:9"]
+    assert main(["run", write_config(tmp_path, 2), *flags]) == USAGE_ERROR
+    assert "APT_ADMIN_TOKEN" in capsys.readouterr().err
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_a_replica_that_starts_later_begins_with_what_was_published_last(server: Running) -> None:
