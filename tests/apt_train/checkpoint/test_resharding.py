@@ -17,6 +17,8 @@ from tests.apt_train.runs import write_config
 ALONE = {"parallel.replicated": "1"}
 COPIES = {"parallel.replicated": "2"}
 SHARDS = {"parallel.fully_sharded": "2"}
+TENSORS = {"parallel.tensor": "2"}
+STAGES = {"parallel.pipeline": "2"}
 
 
 def _run_rank(rank: int, folder: str, config: str, settings: dict[str, str]) -> None:
@@ -33,6 +35,7 @@ def run(folder: Path, steps: int, settings: dict[str, str]) -> float:
     """Train up to a step, going on from where the run is; the last loss."""
     config = write_config(folder, 12)
     overrides = {"run.precision": "float64", "schedule.kind": "constant", "run.steps": str(steps)} | settings
+    overrides["model.num_kv_heads"] = "2"
     if settings is ALONE:
         return train(read_config(config, overrides)).loss
     mp.spawn(_run_rank, (str(folder), config, overrides), nprocs=2)
@@ -44,8 +47,8 @@ def test_a_run_goes_on_in_any_layout(tmp_path):
     whole, divided = tmp_path / "whole", tmp_path / "divided"
     whole.mkdir()
     divided.mkdir()
-    expected = [run(whole, steps, ALONE) for steps in (3, 6, 9, 12)]
-    layouts = {3: COPIES, 6: SHARDS, 9: ALONE, 12: SHARDS}
+    layouts = {2: COPIES, 4: SHARDS, 6: ALONE, 8: TENSORS, 10: STAGES, 12: SHARDS}
+    expected = [run(whole, steps, ALONE) for steps in layouts]
     found = [run(divided, steps, layout) for steps, layout in layouts.items()]
     assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-9
     assert len(list((divided / "run/checkpoints/step-00000012").glob("*.distcp"))) == 2
