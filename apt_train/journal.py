@@ -11,6 +11,7 @@ from pathlib import Path
 from signal import Signals
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -141,7 +142,9 @@ class Journal:
         path.write_text(text + "\n", encoding="utf-8")
         number = sum(p.numel() for p in self._model.parameters())
         trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        log.info("%s parameters, %s of them trained, on %s", f"{number:,}", f"{trained:,}", self._device)
+        count = dist.get_world_size() if dist.is_initialized() else 1
+        where = f"{self._device}, {count} process{'es' * (count > 1)}, after step {self.summary.steps}"
+        log.info("%s parameters, %s of them trained, on %s", f"{number:,}", f"{trained:,}", where)
         self._writer.text("settings", text)
         self._writer.text("model", str(self._model))
         self.summary.written["settings"] = path
