@@ -138,6 +138,7 @@ class CheckpointStore:
             ConfigError: the checkpoint to go on from does not exist, or there are some where none are expected.
             CheckpointError: it is damaged, and settings allow no older one; names the file.
         """
+        self._on_first_rank(self._clear)
         chosen: StoredCheckpoint | None = self._on_first_rank(self._chosen)
         if chosen is None:
             return None
@@ -166,6 +167,11 @@ class CheckpointStore:
             if each.name.startswith(_PREFIX) and each.name.removeprefix(_PREFIX).isdigit()
         ]
         return sorted(found, key=lambda each: each.step, reverse=True)
+
+    def _clear(self) -> None:
+        """Remove what a run that was killed had not finished writing, or removing."""
+        for leftover in self._folder.glob(f".{_PREFIX}*"):
+            shutil.rmtree(leftover)
 
     def _check_settings(self, folder: Path) -> None:
         """The model must be the one that was trained; all else may change."""
@@ -204,6 +210,8 @@ class CheckpointStore:
                     message = f"{error}; checkpoint.allow_older goes on from the one before"
                     raise CheckpointError(message, file=each.folder) from None
                 log.error("a checkpoint cannot be used, going on from the one before: %s", error)
+        if stored:
+            raise CheckpointError("none of the checkpoints can be used", file=self._folder)
         return None
 
     def _checked(self, folder: Path) -> StoredCheckpoint:

@@ -101,6 +101,7 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path):
     resumed = Run(tmp_path)
     restored = resumed.store.restore(resumed.state)
     assert restored is not None and restored.step == 1
+    assert not (tmp_path / "checkpoints/.step-00000002").exists()
     assert same(resumed.to(2).weights(), run.weights())
 
 
@@ -137,6 +138,16 @@ def test_damage_to_any_file_is_named_and_an_older_one_serves_only_if_allowed(tmp
 def test_a_checkpoint_has_every_kind_of_file(tmp_path):
     Run(tmp_path).to(1)
     assert files_of(tmp_path / "checkpoints/step-00000001") == [".metadata", "__0_0.distcp", "run.pt", "settings.json"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
+    Run(tmp_path).to(2)
+    for path in tmp_path.glob("checkpoints/*/run.pt"):
+        path.unlink()
+    run = Run(tmp_path, CheckpointSettings(every=1, allow_older=True))
+    with pytest.raises(CheckpointError, match="none of the checkpoints"):
+        run.store.restore(run.state)
+    assert steps_in(tmp_path) == [1, 2]
 
 
 def test_a_damaged_manifest_is_named(tmp_path):

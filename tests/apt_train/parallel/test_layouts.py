@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from apt_train.parallel.parallelize import parallelize, plain
 from tests.apt_train.corpus import TextBatch, text_batch
 from tests.apt_train.test_loop import CONFIG, new_model
 
-STEPS = (4, 4)
+STEPS = (4,) * int(os.environ.get("APT_LAYOUT_STEPS", "2"))
 """Micro-batches of each step, over all processes; fewer than stages where two read data, as at the end of the data."""
 TIED = replace(CONFIG, num_layers=4)
 UNTIED = replace(TIED, architecture="Qwen3ForCausalLM", tie_word_embeddings=False, qk_norm=True)
