@@ -296,12 +296,15 @@ def test_published_weights_reach_every_replica(tmp_path: Path, monkeypatch: pyte
     model = ("--model.dtype=float32", "--model.num_kv_blocks=600", "--model.num_threads=1")
     with started("python", "-m", "apt_serve", "start", str(base), *flags, *model) as process:
         wait_ready(url, process)
+        authorization = {"Authorization": "Bearer correct-horse-battery-staple"}
+        deadline = time.monotonic() + 120
+        while len(httpx.get(f"{url}/admin/weights", headers=authorization).json()["replicas"]) < 2:
+            assert time.monotonic() < deadline, "the second replica does not start"
+            time.sleep(0.2)
         settings = PublishSettings(str(tmp_path / "weights" / "step-1"), server=url, timeout_s=120.0)
         lines: list[str] = []
         assert publish(settings, lines.append) == manifest.version
-        replicas = httpx.get(
-            f"{url}/admin/weights", headers={"Authorization": "Bearer correct-horse-battery-staple"}
-        ).json()["replicas"]
+        replicas = httpx.get(f"{url}/admin/weights", headers=authorization).json()["replicas"]
         assert [replica["weight_version"] for replica in replicas] == [manifest.version] * 2
         assert lines[-1].count("done after") == 2
         answers = [httpx.post(f"{url}/v1/completions", json={"prompt": [5, 6], "max_tokens": 1}) for _ in range(8)]

@@ -33,7 +33,6 @@ class _Block:
     end: int
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # blocks depend on the lengths
 def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -47,6 +46,10 @@ def varlen_attention(
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     out: torch.Tensor = _VarlenAttention.apply(query, key, value, cu_seqlens, scale, window)  # type: ignore[no-untyped-call]
     return out
+
+
+# As torch.compiler.disable does, which would load the compiler into every server: blocks depend on the lengths.
+varlen_attention._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class _VarlenAttention(torch.autograd.Function):

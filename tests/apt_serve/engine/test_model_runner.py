@@ -8,7 +8,7 @@ import torch
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.engine.step import AddedSequence, ScheduledSequence, StepInput
 from tests.apt_serve.engine.test_engine import PROMPT, Faulty, Run
-from tests.apt_serve.engine.tiny_engine import naive_greedy, tiny_engine
+from tests.apt_serve.engine.tiny_engine import VERSION, naive_greedy, tiny_engine
 
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 """Methods of a tensor for whose result the host would have to wait."""
@@ -51,11 +51,13 @@ def first_step(*params, num_tokens=6):
         )
         for slot, sampling in enumerate(params)
     )
-    return StepInput(added, tuple(ScheduledSequence(a.slot, a.seq_id, 0, num_tokens, (), True) for a in added), ())
+    return StepInput(
+        added, tuple(ScheduledSequence(a.slot, a.seq_id, 0, num_tokens, (), True) for a in added), (), VERSION
+    )
 
 
 def decode_step(*slots, start):
-    return StepInput((), tuple(ScheduledSequence(slot, str(slot), start, 1, (), True) for slot in slots), ())
+    return StepInput((), tuple(ScheduledSequence(slot, str(slot), start, 1, (), True) for slot in slots), (), VERSION)
 
 
 def test_launching_reads_nothing_back(monkeypatch):

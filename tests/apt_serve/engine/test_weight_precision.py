@@ -6,7 +6,7 @@ import torch
 from apt_core.config import parse
 from apt_core.errors import ConfigError
 from apt_kernels.cpu import native
-from apt_serve.engine import load as load_module
+from apt_serve.engine import weights as weights_module
 from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
 from apt_serve.engine.load import load
 from apt_serve.engine.sampling_params import SamplingParams
@@ -59,7 +59,7 @@ def test_a_second_start_takes_the_packed_weights_from_the_cache_and_answers_alik
     monkeypatch.setenv("APT_CACHE", str(tmp_path))
     settings = {"dtype": "bfloat16", "weight_precision": precision}
     first = generate(PROMPTS, **settings)
-    monkeypatch.setattr(load_module, "pack_linears", lambda *_: pytest.fail("packed again"))
+    monkeypatch.setattr(weights_module, "pack_linears", lambda *_: pytest.fail("packed again"))
     second = generate(PROMPTS, **settings)
     assert [result.token_ids for result in second] == [result.token_ids for result in first]
     assert len(list((tmp_path / "packed").iterdir())) == 1

@@ -41,6 +41,8 @@ CONFIG = ModelConfig(
 )
 NATIVE_CONFIG = replace(CONFIG, hidden_size=64, intermediate_size=96, head_dim=16)
 """Of a shape that the C++ ops serve."""
+VERSION = "1-a"
+"""Of the tiny model's weights."""
 
 
 @lru_cache
@@ -81,7 +83,6 @@ def tiny_engine(
     settings = {"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32} | settings
     config = EngineConfig(num_kv_blocks=num_kv_blocks, **settings)
     kv_cache = empty_cache(model, num_kv_blocks, config.block_size, config.kv_cache_dtype)
-    weight_version = "1-a"
     info = ModelInfo(
         name="tiny",
         created=int(time.time()),
@@ -91,7 +92,7 @@ def tiny_engine(
         tokenizer=tiny_tokenizer(),
         eos_token_ids=frozenset({EOS}),
         default_sampling={},
-        weight_version=weight_version,
+        weight_version=VERSION,
     )
     runner = ModelRunner(
         model,
@@ -99,7 +100,7 @@ def tiny_engine(
         max_num_seqs=config.max_num_seqs,
         max_model_len=info.max_model_len,
         eos_token_ids=info.eos_token_ids,
-        weight_version=weight_version,
+        weight_version=VERSION,
         pads_decodes=pads_decodes,
         max_steps_in_flight=max_steps_in_flight,
     )
