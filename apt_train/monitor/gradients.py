@@ -44,8 +44,8 @@ class GradientSettings:
     enabled: bool = True
     """Whether gradients are looked at one by one; without it only a norm that is not finite skips a step."""
     warmup_steps: int = 100
-    """Steps over which a parameter's usual norm is learnt; until then only non-finite gradients are found. Those of a new
-    model's attention may grow a hundredfold in its first steps."""
+    """Steps over which a parameter's usual norm is learnt; until then only non-finite gradients are found. In the first
+    steps of a new model those of attention may grow a hundredfold."""
     exploding_ratio: float = 50.0
     """Times the usual norm; more where the norm scatters much."""
     vanishing_ratio: float = 1e-4

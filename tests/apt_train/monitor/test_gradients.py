@@ -137,7 +137,8 @@ def test_steps_skipped_in_a_row_stop_the_run_with_a_report() -> None:
 
 
 def test_what_was_learnt_survives_a_resume() -> None:
-    before, after = Training(), Training()
+    settings = GradientSettings(warmup_steps=20)
+    before, after = Training(settings), Training(settings)
     for _ in range(30):
         before.run()
     after.model.load_state_dict(before.model.state_dict())
