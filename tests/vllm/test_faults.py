@@ -153,4 +153,5 @@ async def test_a_server_that_is_told_to_stop_finishes_what_runs(tmp_path: Path, 
             assert events[-1] == "data: [DONE]"
             assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         assert await asyncio.to_thread(process.wait, 30) == 0
-    assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+    _, left = psutil.wait_procs(family, timeout=30)
+    assert not [member for member in left if member.status() != psutil.STATUS_ZOMBIE]

@@ -20,8 +20,8 @@ DTYPES = {"w8a8-dynamic": "float32", "w8a8-static": "float32", "w4a16": "bfloat1
 SHAPE = {"hidden_size": 256, "intermediate_size": 512}
 PROMPTS = [list(range(5, 30)), [7, 300, 20], [40, 41], [399, 2, 150, 88]]
 MAX_TOKENS = 12
-NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.1}
-"""Of two logits, over the logits' deviation."""
+NEAR_TIE = {"float32": 1e-4, "bfloat16": 0.5}
+"""Of two logits, over the logits' deviation: bfloat16 alone moves single logits of this model by up to 0.36 of it."""
 NUM_SAME = {"float32": 0.95, "bfloat16": 0.8}
 """Least share of tokens that are the likeliest in the simulation as well."""
 
