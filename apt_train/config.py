@@ -137,6 +137,10 @@ class ParallelSettings:
     """What fully_sharded divides (arXiv 1910.02054). Between steps that is everything. 3: a layer's weights are whole
     only while it computes. 2: weights are whole from the forward to the backward pass. 1: gradients too, until the
     step's last micro-batch, after which they are summed once; the only one that a pipeline knows."""
+    zero_engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """What divides: torch's FSDP2, or DeepSpeed (extra `deepspeed`), which can keep what is divided in host memory."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """DeepSpeed: whether optimizer states and their updates, or weights too, are in host memory (arXiv 2101.06840)."""
     pipeline_schedule: Literal["1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"] = "1F1B"
     """In which order a process does the forward and backward passes of its stages."""
     stages_per_process: int = 2
@@ -154,6 +158,17 @@ class ParallelSettings:
         if self.pipeline > 1 and self.fully_sharded > 1 and self.zero_stage != 1:
             problem = "must be 1 with parallel.pipeline: weights and gradients stay whole during a step"
             raise ConfigError(problem, field="parallel.zero_stage")
+
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self.zero_engine == "fsdp2":
+            if self.offload != "none":
+                raise ConfigError("needs parallel.zero_engine = deepspeed", field="parallel.offload")
+            return
+        for name, only in (("tensor", 1), ("pipeline", 1), ("replicated", 1), ("zero_stage", 3)):
+            if getattr(self, name) != only:
+                raise ConfigError(f"must be {only} with parallel.zero_engine = deepspeed", field=f"parallel.{name}")
 
     @property
     def num_stages(self) -> int:
@@ -240,8 +255,22 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.run.evaluate_every and not (self.data.validation_paths or self.data.validation_share):
             raise ConfigError("there is nothing to evaluate on: set data.validation_share", field="run.evaluate_every")
+        if self.parallel.zero_engine == "deepspeed":
+            self._check_deepspeed()
         if self.schedule.warmup_steps > self.run.steps:
             raise ConfigError(f"must be at most run.steps ({self.run.steps})", field="schedule.warmup_steps")
+
+    def _check_deepspeed(self) -> None:
+        """It keeps gradients to itself, and updates by an AdamW of its own pieces."""
+        refused = {
+            "monitor.enabled": ("false", self.monitor.enabled),
+            "metrics.histograms_every": ("0", self.metrics.histograms_every > 0),
+            "optimizer.name": ("adamw", self.optimizer.name != "adamw"),
+            "run.precision": ("float32 or bfloat16", self.run.precision not in ("float32", "bfloat16")),
+        }
+        for field_name, (only, is_refused) in refused.items():
+            if is_refused:
+                raise ConfigError(f"must be {only} with parallel.zero_engine = deepspeed", field=field_name)
 
 
 def read_config(path: Path | str, overrides: Mapping[str, str] | None = None) -> RunConfig:

@@ -7,6 +7,7 @@ import os
 import torch
 
 from apt_core.errors import ConfigError
+from apt_kernels import ops
 
 
 def open_device(name: str) -> torch.device:
@@ -22,6 +23,8 @@ def open_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"must be auto, cpu or cuda, got {name}", field="run.device") from None
     if device.type == "cpu":
+        # The C++ ops have threads of their own; torch's number is what torchrun and OMP_NUM_THREADS have set.
+        ops.set_num_threads(torch.get_num_threads())
         return torch.device("cpu")
     if device.type != "cuda":
         raise ConfigError(f"must be auto, cpu or cuda, got {name}", field="run.device")

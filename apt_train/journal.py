@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,6 @@ from apt_train.loop import Evaluation, StepResult
 from apt_train.monitor.gradients import GradientMonitor
 from apt_train.monitor.metrics import StepMetrics, open_metrics, peak_memory_bytes
 from apt_train.monitor.progress import open_progress
-from apt_train.parallel.clipping import l2_norm
 from apt_train.speed import Pace
 
 log = logging.getLogger(__name__)
@@ -69,20 +69,46 @@ class Summary:
         return "\n".join(lines + [f"  {name:<14} {path}" for name, path in self.written.items()])
 
 
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Numbers of parameters."""
+
+    all: int
+    trained: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelSize:
+        """Of a model that is not divided yet."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        return cls(sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained))
+
+
 class Journal:
     """Takes every step on all ranks; the first alone writes.
 
     Args:
         folder: for metrics and settings.
         model: the plain one, for the distribution of its weights.
+        size: of the whole model.
+        weights_norm: of the weights as they are.
         first_step: steps done before.
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, model: nn.Module, monitor: GradientMonitor, *, rank: int, first_step: int
+        self,
+        config: RunConfig,
+        folder: Path,
+        model: nn.Module,
+        size: ModelSize,
+        weights_norm: Callable[[], float],
+        monitor: GradientMonitor,
+        *,
+        rank: int,
+        first_step: int,
     ) -> None:
         self.summary = Summary(folder, steps=first_step)
         self._settings, self._model, self._monitor, self._rank = config.metrics, model, monitor, rank
+        self._size, self._weights_norm = size, weights_norm
         self._device = next(model.parameters()).device
         settings = asdict(config)
         self._writer = open_metrics(config.metrics, folder, rank=rank, config=settings)
@@ -108,7 +134,7 @@ class Journal:
             memory_bytes=peak_memory_bytes(self._device),
             is_skipped=result.is_skipped,
             accuracy=result.accuracy,
-            parameter_norm=float(l2_norm(self._model.parameters())) if self.wants_details(step) else None,
+            parameter_norm=self._weights_norm() if self.wants_details(step) else None,
         )
         self._writer.scalars(step, metrics.scalars())
         if result.gradients is not None and self.wants_details(step):
@@ -140,11 +166,9 @@ class Journal:
         text = json.dumps(settings, indent=2, default=str)
         path = folder / "settings.json"
         path.write_text(text + "\n", encoding="utf-8")
-        number = sum(p.numel() for p in self._model.parameters())
-        trained = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
         count = dist.get_world_size() if dist.is_initialized() else 1
         where = f"{self._device}, {count} process{'es' * (count > 1)}, after step {self.summary.steps}"
-        log.info("%s parameters, %s of them trained, on %s", f"{number:,}", f"{trained:,}", where)
+        log.info("%s parameters, %s of them trained, on %s", f"{self._size.all:,}", f"{self._size.trained:,}", where)
         self._writer.text("settings", text)
         self._writer.text("model", str(self._model))
         self.summary.written["settings"] = path

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from apt_train.loss import Batch
 from apt_train.monitor.gradients import GradientMonitor, GradientReport
 from apt_train.optimizer import set_learning_rate
-from apt_train.parallel.clipping import clip
+from apt_train.parallel.clipping import clip, l2_norm
 from apt_train.parallel.parallelize import divide_again, model_gradient_norm, plain, set_gradient_sync
 from apt_train.parallel.pipeline import Pipeline
 from apt_train.parallel.tensor import complete_gradients
@@ -123,8 +123,7 @@ class Trainer:
 
         Processes average their gradients, so what is divided by the tokens of all is multiplied by the processes.
         """
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        self._clear_gradients()
         (scored,) = self._summed(sum(batch.num_scored for batch in batches))
         size = dist.get_world_size(self._group) if self._group is not None else 1
         factor = size / max(round(scored), 1)
@@ -140,7 +139,7 @@ class Trainer:
                 self._tick()
                 set_gradient_sync(self.model, place == len(batches) - 1)
                 losses, num_right = self._forward(batch, with_accuracy)
-                self.scaler.scale(losses * factor).backward()
+                self._propagate(losses * factor)
                 total += losses.detach()
                 right += num_right
             complete_gradients(self.model)
@@ -179,6 +178,17 @@ class Trainer:
         if not scored:
             return Evaluation(math.nan, math.nan, 0)
         return Evaluation(total / scored, all_right / scored, round(scored))
+
+    def weights_norm(self) -> float:
+        """L2 norm of all weights, the same on every process."""
+        return float(l2_norm(self.model.parameters()))
+
+    def _clear_gradients(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def _propagate(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
 
     def _forward(self, batch: Batch, with_accuracy: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(Sum of the losses [], likeliest tokens that were right [])."""

@@ -31,8 +31,8 @@ class RunState:
     Settings are not in it, and neither is the learning rate, which the step determines.
     """
 
-    model: nn.Module
-    optimizers: Sequence[Optimizer]
+    weights: Stateful
+    optimizers: Stateful
     scaler: Stateful
     """Of the loss, for float16."""
     loader: Stateful
@@ -44,8 +44,8 @@ class RunState:
     def parts(self) -> dict[str, Stateful]:
         """By the names they are stored under. All but model and optimizers are small and the same on all ranks."""
         return {
-            "model": ModelState(self.model),
-            "optimizers": OptimizerState(self.model, self.optimizers),
+            "model": self.weights,
+            "optimizers": self.optimizers,
             "scaler": self.scaler,
             "loader": self.loader,
             "stopping": self.stopping,

@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.device_mesh import DeviceMesh
 
 from apt_core.errors import ConfigError
 from apt_train.checkpoint.store import CheckpointStore
@@ -24,18 +25,19 @@ from apt_train.errors.guard import Guard
 from apt_train.errors.recovery import with_backoff
 from apt_train.export import export
 from apt_train.interruption import Interruption
-from apt_train.journal import Journal, Summary
+from apt_train.journal import Journal, ModelSize, Summary
 from apt_train.loop import EarlyStopping, Evaluation, StepResult, Trainer
 from apt_train.loss import ModelWithLoss
 from apt_train.model import ModelSource
 from apt_train.monitor.gradients import GradientMonitor, UnhealthyGradientsError
 from apt_train.optimizer import build_optimizers
 from apt_train.parallel.dims import ParallelDims, data_group, join_processes
-from apt_train.parallel.parallelize import parallelize
+from apt_train.parallel.parallelize import parallelize, recompute_and_compile
 from apt_train.publish import PublishSettings, admin_token, publish
 from apt_train.schedule import learning_rate_factor
 from apt_train.speed import Stopwatch, product_rate
-from apt_train.state import RunState
+from apt_train.state import ModelState, OptimizerState, RunState
+from apt_train.zero_offload import ZeroMoments, ZeroOffloadTrainer, ZeroWeights, divide_by_deepspeed
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +72,18 @@ def train(config: RunConfig) -> Summary:
         with closing(data.open("train")) as loader:
             dtype = torch.float64 if config.run.precision == "float64" else torch.float32
             plain = ModelWithLoss(source.build(config.lora, dtype=dtype, device=device, seed=config.run.seed))
-            model = parallelize(plain, dims, mesh, config.parallel, compiles=config.run.compile)
-            monitor = GradientMonitor(config.monitor)
-            group = data_group(mesh)
-            trainer = _trainer(config, model, monitor, device, group, guard)
+            size, monitor = ModelSize.of(plain), GradientMonitor(config.monitor)
+            divide = _divide_by_deepspeed if config.parallel.zero_engine == "deepspeed" else _divide
+            trainer, weights, moments = divide(config, plain, dims, mesh, monitor, device, guard)
             stopping = EarlyStopping(config.run.patience, config.run.min_improvement)
-            state = RunState(model, trainer.optimizers, trainer.scaler, loader, stopping, monitor)
+            state = RunState(weights, moments, trainer.scaler, loader, stopping, monitor)
             retry = partial(with_backoff, settings=config.recovery, what="writing a checkpoint")
             store = CheckpointStore(config.checkpoint, folder, asdict(config), retry)
             store.restore(state)
             peak = product_rate(getattr(torch, config.run.precision), device) * dims.world_size
             watch = Stopwatch(source.config, trains_weights=not config.lora.rank, peak=peak, num_shares=dims.data)
-            journal = Journal(config, folder, plain.model, monitor, rank=rank, first_step=state.step)
+            norm = trainer.weights_norm
+            journal = Journal(config, folder, plain.model, size, norm, monitor, rank=rank, first_step=state.step)
             with closing(journal), closing(store), Interruption(device) as interruption:
                 loop = _Loop(config, dims, data, loader, trainer, stopping, state, guard, journal, watch)
                 loop.run(store, interruption)
@@ -208,22 +210,54 @@ def _folder(name: str) -> Path:
     return folder
 
 
-def _trainer(
+def _divide(
     config: RunConfig,
-    model: nn.Module,
+    plain: ModelWithLoss,
+    dims: ParallelDims,
+    mesh: DeviceMesh | None,
     monitor: GradientMonitor,
     device: torch.device,
-    group: dist.ProcessGroup | None,
     guard: Guard,
-) -> Trainer:
-    return Trainer(
+) -> tuple[Trainer, Stateful, Stateful]:
+    """parallelize -> optimizer; with the states of weights and optimizers."""
+    model = parallelize(plain, dims, mesh, config.parallel, compiles=config.run.compile)
+    optimizers = build_optimizers(model, config.optimizer)
+    trainer = Trainer(
         model,
-        build_optimizers(model, config.optimizer),
-        lambda step: config.optimizer.learning_rate * learning_rate_factor(config.schedule, step, config.run.steps),
+        optimizers,
+        partial(_learning_rate, config),
         device=device,
         precision=config.run.precision,
         max_grad_norm=config.optimizer.max_grad_norm,
-        data_group=group,
+        data_group=data_group(mesh),
         monitor=monitor if config.monitor.enabled else None,
         tick=guard.go_on,
     )
+    return trainer, ModelState(model), OptimizerState(model, optimizers)
+
+
+def _divide_by_deepspeed(
+    config: RunConfig,
+    plain: ModelWithLoss,
+    dims: ParallelDims,
+    mesh: DeviceMesh | None,
+    monitor: GradientMonitor,
+    device: torch.device,
+    guard: Guard,
+) -> tuple[Trainer, Stateful, Stateful]:
+    """The same by DeepSpeed, which has both in one."""
+    recompute_and_compile(plain, config.parallel, compiles=config.run.compile)
+    zero = divide_by_deepspeed(plain, config.optimizer, config.parallel, device)
+    trainer = ZeroOffloadTrainer(
+        zero,
+        partial(_learning_rate, config),
+        device=device,
+        precision=config.run.precision,
+        data_group=data_group(mesh),
+        tick=guard.go_on,
+    )
+    return trainer, ZeroWeights(zero), ZeroMoments(zero)
+
+
+def _learning_rate(config: RunConfig, step: int) -> float:
+    return config.optimizer.learning_rate * learning_rate_factor(config.schedule, step, config.run.steps)

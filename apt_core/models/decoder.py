@@ -227,10 +227,10 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, C] -> [T, C]."""
         if self.gate_up_proj is not None:
-            gate_up = self.gate_up_proj(x)
+            gated = ops.silu_and_mul(self.gate_up_proj(x))
         else:
-            gate_up = torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)
-        out: torch.Tensor = self.down_proj(ops.silu_and_mul(gate_up))
+            gated = ops.gated_silu(self.gate_proj(x), self.up_proj(x))
+        out: torch.Tensor = self.down_proj(gated)
         return out
 
     def fuse(self) -> None:

@@ -44,20 +44,21 @@ def parallelize(
             num_stages=settings.num_stages,
             multiple=dims.tensor,
         )
-    if settings.recompute != "none":
-        recompute_layers(model.model.model.layers, settings.recompute)
-    if compiles:
-        compile_layers(model)
+    recompute_and_compile(model, settings, compiles=compiles)
     if dims.data > 1:
         assert mesh is not None
         return share_data(model, dims, mesh, settings)
     return model
 
 
-def compile_layers(model: ModelWithLoss) -> None:
-    """Layers are alike, so one compilation serves all."""
-    for layer in model.model.model.layers:
-        layer.compile()
+def recompute_and_compile(model: ModelWithLoss, settings: ParallelSettings, *, compiles: bool) -> None:
+    """What is done to each layer by itself. Layers are alike, so one compilation serves all."""
+    layers = model.model.model.layers
+    if settings.recompute != "none":
+        recompute_layers(layers, settings.recompute)
+    if compiles:
+        for layer in layers:
+            layer.compile()
 
 
 def share_data(model: ModelWithLoss, dims: ParallelDims, mesh: DeviceMesh, settings: ParallelSettings) -> nn.Module:
@@ -127,6 +128,6 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
 
 def plain(model: nn.Module) -> ModelWithLoss:
     """The model within what parallelism put around it."""
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = model if isinstance(model, ModelWithLoss) else model.module  # DDP's, DeepSpeed's
     assert isinstance(inner, ModelWithLoss)
     return inner

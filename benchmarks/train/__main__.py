@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 
+from apt_kernels import ops
 from apt_train.speed import flops_per_token
 from benchmarks.machine import best_limits, describe, measure_limits
 from benchmarks.table import print_table
@@ -31,7 +32,7 @@ LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-3}
 def main() -> None:
     """Measure one model in each precision."""
     args = _parse()
-    torch.set_num_threads(args.threads)
+    ops.set_num_threads(args.threads)
     print(describe())
     config = model_config(args.model, args.layers)
     workload = Workload(args.tokens, args.micro_batches, args.median_length)

@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from apt_core.model_config import ModelConfig
 from apt_core.models.decoder import DecoderForCausalLM
-from apt_train.config import OptimizerSettings
+from apt_train.config import OptimizerSettings, ParallelSettings
 from apt_train.data.batch import UNSCORED, MicroBatch
 from apt_train.loop import AUTOCAST, Trainer
 from apt_train.loss import ModelWithLoss
 from apt_train.optimizer import build_optimizers
-from apt_train.parallel.parallelize import compile_layers
+from apt_train.parallel.parallelize import recompute_and_compile
 
 CPU = torch.device("cpu")
 OPTIMIZER = OptimizerSettings()
@@ -41,7 +41,7 @@ class Apt:
         model.load_state_dict(weights)
         with_loss = ModelWithLoss(model)
         if compiles:
-            compile_layers(with_loss)
+            recompute_and_compile(with_loss, ParallelSettings(), compiles=True)
         self._trainer = Trainer(
             with_loss,
             build_optimizers(with_loss, OPTIMIZER),

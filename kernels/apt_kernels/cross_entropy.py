@@ -189,7 +189,3 @@ def _scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.
     """x * factor, rounded once and without another tensor of a wide x's size."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     return torch.mul(x.to(factor.dtype), factor, out=out)
-
-
-linear_cross_entropy = define("apt::linear_cross_entropy", torch_step)
-"""On any device, by torch's own ops."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from apt_kernels import cross_entropy, reference
+from apt_kernels import reference
 from apt_kernels.cpu import attention as cpu_attention
 from apt_kernels.cpu import linear as cpu_linear
 from apt_kernels.cpu import native
+from apt_kernels.cpu import training as cpu_training
 from apt_kernels.cpu import varlen_attention as cpu_varlen_attention
 from apt_kernels.cpu.decoder import DecoderLayers, LayerWeights, Projection, can_run_layers, has_product
 from apt_kernels.cpu.linear import (
@@ -22,6 +23,7 @@ from apt_kernels.cpu.linear import (
     PackedWeight,
     can_pack,
 )
+from apt_kernels.cross_entropy import wide_dtype
 from apt_kernels.reference import apply_rope
 
 # Triton is for NVIDIA's GPUs here: a torch without CUDA does not import it.
@@ -49,6 +51,7 @@ __all__ = [
     "can_pack",
     "can_run_layers",
     "fused_add_rms_norm",
+    "gated_silu",
     "has_product",
     "linear_cross_entropy",
     "pack_float8_weight",
@@ -87,6 +90,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return out
     if _is_triton(x, weight):
         return triton_norm.rms_norm(x, weight, eps)
+    if cpu_training.can_norm(x, weight):
+        return cpu_training.add_rms_norm(x, None, weight, eps)[0]
     return reference.rms_norm(x, weight, eps)
 
 
@@ -99,6 +104,8 @@ def fused_add_rms_norm(
         return normed, total
     if _is_triton(x, weight, residual):
         return triton_norm.fused_add_rms_norm(x, residual, weight, eps)
+    if cpu_training.can_norm(x, weight, residual):
+        return cpu_training.add_rms_norm(x, residual, weight, eps)
     return reference.fused_add_rms_norm(x, residual, weight, eps)
 
 
@@ -110,6 +117,15 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if _is_triton(gate_up):
         return triton_activation.silu_and_mul(gate_up)
     return reference.silu_and_mul(gate_up)
+
+
+def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of two products that were not made as one; see `reference.gated_silu`."""
+    if cpu_training.can_gate(gate):
+        return cpu_training.gated_silu(gate, up)
+    if _is_triton(gate, up):
+        return triton_activation.silu_and_mul(torch.cat((gate, up), dim=-1))
+    return reference.gated_silu(gate, up)
 
 
 def rope_and_store_kv(
@@ -324,7 +340,7 @@ def linear_cross_entropy(
     """
     _require(hidden.dim() == 2, "hidden", f"must be [T, C], got {tuple(hidden.shape)}")
     fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[1]
-    fits = fits and weight.dtype in (hidden.dtype, cross_entropy.wide_dtype(hidden.dtype))
+    fits = fits and weight.dtype in (hidden.dtype, wide_dtype(hidden.dtype))
     _require(fits and len(weight) > 0, "weight", f"must be {hidden.dtype} [V, {hidden.shape[1]}]")
     fits = targets.shape == hidden.shape[:1] and targets.dtype == torch.int64
     _require(fits, "targets", f"must be int64 [{hidden.shape[0]}]")
@@ -332,7 +348,7 @@ def linear_cross_entropy(
         return triton_cross_entropy.linear_cross_entropy(
             hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss
         )
-    return cross_entropy.linear_cross_entropy(hidden, weight, targets, ignore_index, z_loss)
+    return cpu_training.linear_cross_entropy(hidden, weight, targets, ignore_index, z_loss)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -179,7 +179,11 @@ def varlen_attention(
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU's gate (arXiv 2002.05202): silu(gate) * up, gate and up side by side: [T, 2 I] -> [T, I]."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    return gated_silu(*gate_up.chunk(2, dim=-1))
+
+
+def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, [T, I] each."""
     return F.silu(gate) * up
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from apt_kernels import ops, reference
+from apt_kernels.cpu import varlen_attention
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -173,6 +174,46 @@ def test_varlen_attention_has_the_reference_gradients():
         grads.append(torch.autograd.grad(attend(*inputs).square().sum(), inputs))
     for ours, expected in zip(*grads, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def _gradients(attend, inputs):
+    return torch.autograd.grad(attend(*inputs).square().sum(), inputs)
+
+
+def test_what_is_computed_again_for_the_backward_pass_has_the_same_gradients(monkeypatch):
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, 300, 310], dtype=torch.int32)
+    inputs = [torch.randn(310, heads, 8, requires_grad=True) for heads in (2, 1, 1)]
+
+    def attend(q, k, v):
+        return ops.varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=0.3)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        sizes = []
+        kept = _gradients(attend, inputs)
+        size_kept = sum(sizes)
+        monkeypatch.setattr(varlen_attention, "KEPT_KEYS", 128)
+        sizes.clear()
+        again = _gradients(attend, inputs)
+    assert sum(sizes) < size_kept
+    assert all(map(torch.equal, kept, again))
+
+
+def test_autocast_attends_in_its_own_type_and_gives_gradients_in_the_inputs():
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, 20, 33], dtype=torch.int32)
+    inputs = [torch.randn(33, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+
+    def attend(q, k, v):
+        return ops.varlen_attention(q, k, v, cu_seqlens=cu_seqlens, scale=0.25)
+
+    expected = _gradients(attend, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(*inputs).dtype == torch.bfloat16
+        found = _gradients(attend, inputs)
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() < 0.02 * exact.norm()
 
 
 def test_arguments_that_do_not_fit_are_refused_by_name():

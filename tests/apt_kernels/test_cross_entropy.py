@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from apt_kernels import cross_entropy, ops, reference
+from apt_kernels.cpu import training
 
 
 def make(num_tokens=13, width=5, vocab_size=11, dtype=torch.float64):
@@ -30,7 +31,7 @@ def test_gradients_are_exact(chunk_size, z_loss):
     hidden, weight, targets = make()
 
     def loss(hidden, weight):
-        return cross_entropy.linear_cross_entropy(hidden, weight, targets, -100, z_loss, chunk_size)[0]
+        return training.linear_cross_entropy(hidden, weight, targets, -100, z_loss, chunk_size)[0]
 
     assert torch.autograd.gradcheck(loss, (hidden, weight))
     torch.testing.assert_close(
@@ -95,7 +96,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name(name, change):
 def test_a_target_that_is_no_id_is_an_error():
     hidden, weight, targets = make()
     targets[0] = 11
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+    with pytest.raises((IndexError, RuntimeError), match=r"out of bounds|is no id"):
         ops.linear_cross_entropy(hidden, weight, targets)
 
 

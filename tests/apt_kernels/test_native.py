@@ -381,7 +381,7 @@ def test_a_slot_out_of_the_cache_is_refused():
         ops.rope_and_store_kv(torch.zeros(1, 48), cos, cos, cache, cache.clone(), torch.tensor([8]), num_heads=1)
 
 
-def test_where_gradients_are_wanted_torch_ops_serve():
+def test_where_gradients_are_wanted_other_ops_serve():
     x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(16, requires_grad=True)
     ops.fused_add_rms_norm(ops.rms_norm(x, weight, 1e-5), x, weight, 1e-5)[0].sum().backward()
     ops.silu_and_mul(x).sum().backward()

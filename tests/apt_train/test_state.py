@@ -11,7 +11,7 @@ import torch
 
 from apt_train.loop import EarlyStopping, Trainer
 from apt_train.monitor.gradients import GradientMonitor
-from apt_train.state import RunState
+from apt_train.state import ModelState, OptimizerState, RunState
 from tests.apt_train.corpus import text_batch
 from tests.apt_train.test_loop import new_model, new_trainer
 
@@ -30,7 +30,7 @@ class Loader:
 
 def run_state(trainer: Trainer) -> RunState:
     parts = (trainer.scaler, Loader(), EarlyStopping(2, 0.0), GradientMonitor())
-    return RunState(trainer.model, trainer.optimizers, *parts)
+    return RunState(ModelState(trainer.model), OptimizerState(trainer.model, trainer.optimizers), *parts)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -3,8 +3,9 @@
 A file that mentions APT_ISA is compiled once per instruction set, and the processor decides at run time which variant
 serves: one library serves every machine of an architecture. Files named bindings* alone see torch's headers.
 
-The library lies in the user's cache folder under a hash of the sources, the flags and torch's version: nothing stale is
-ever loaded, and nothing is compiled twice. The compiler is not in the hash: the machine that serves may have none.
+The library lies in $APT_OPS, else in the user's cache folder, under a hash of the sources, the flags and torch's
+version: nothing stale is ever loaded, and nothing is compiled twice. The compiler is not in the hash: the machine that
+serves may have none.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def library_path() -> Path:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     settings = (FLAGS, KERNEL_FLAGS, ISA_FLAGS, torch.__version__, platform.machine())
     digest.update(repr(settings).encode())
-    return cache_folder() / "ops" / f"ops-{digest.hexdigest()[:16]}.so"
+    return Path(os.environ.get("APT_OPS") or cache_folder() / "ops") / f"ops-{digest.hexdigest()[:16]}.so"
 
 
 def build() -> Path:

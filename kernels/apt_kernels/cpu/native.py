@@ -121,12 +121,29 @@ def _register_fakes() -> None:
         best = chosen.new_empty(logits.shape[0], num_top)
         return chosen, best, best.new_empty(best.shape, dtype=torch.int64)
 
+    def two_gradients(
+        out_grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return like_first(gate), like_first(up)
+
+    def norm_gradients(
+        out_grad: torch.Tensor,
+        total_grad: torch.Tensor | None,
+        total: torch.Tensor,
+        inverse_rms: torch.Tensor,
+        weight: torch.Tensor,
+        x_dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return like_first(total), like_first(total).to(x_dtype), like_first(weight)
+
     fakes: dict[str, Callable[..., Any]] = {
         "rms_norm": like_first,
         "fused_add_rms_norm": two_like_first,
         "silu_and_mul": half,
         "rope_and_store_kv": queries,
         "paged_attention": like_first,
+        "gated_silu_backward": two_gradients,
+        "training_norm_backward": norm_gradients,
         "argmax": token_ids,
         "sample": token_ids,
         "top_logprobs": logprobs,

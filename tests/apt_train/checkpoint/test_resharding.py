@@ -36,6 +36,7 @@ def run(folder: Path, steps: int, settings: dict[str, str]) -> float:
     config = write_config(folder, 12)
     overrides = {"run.precision": "float64", "schedule.kind": "constant", "run.steps": str(steps)} | settings
     overrides["model.num_kv_heads"] = "2"
+    overrides["run.evaluate_every"] = "2"  # just before the last checkpoint: shards must be shards again by then
     if settings is ALONE:
         return train(read_config(config, overrides)).loss
     mp.spawn(_run_rank, (str(folder), config, overrides), nprocs=2)
