@@ -77,6 +77,14 @@ def running(command: list[str], environment: Mapping[str, str] | None = None) ->
             process.wait(STOP_TIMEOUT_S)
 
 
+@dataclass(frozen=True)
+class Started:
+    """A server that is ready."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
 @contextmanager
 def server(runner: str, arguments: Sequence[str]) -> Iterator[str]:
     """Run `apt-serve start` with these arguments and yield its base URL once it is ready.
@@ -88,13 +96,24 @@ def server(runner: str, arguments: Sequence[str]) -> Iterator[str]:
     Raises:
         RuntimeError: it did not become ready, or it would be open to other machines.
     """
+    with started(runner, arguments) as found:
+        yield found.url
+
+
+@contextmanager
+def started(runner: str, arguments: Sequence[str], module: str = "apt_serve") -> Iterator[Started]:
+    """As ``server``, with the process.
+
+    Args:
+        module: run in place of apt_serve; it must take the same arguments.
+    """
     how, port = RUNNERS[runner], free_port()
     if how.listens_everywhere:
         require_loopback_only(runner, [name for _, name in socket.if_nameindex()])
-    command = [sys.executable, "-m", "apt_serve", "start", f"--port={port}", f"--runner={how.flag}", *arguments]
+    command = [sys.executable, "-m", module, "start", f"--port={port}", f"--runner={how.flag}", *arguments]
     with running(command, how.environment) as process:
         _wait_ready(f"http://127.0.0.1:{port}", process)
-        yield f"http://127.0.0.1:{port}"
+        yield Started(f"http://127.0.0.1:{port}", process)
 
 
 def require_loopback_only(runner: str, interfaces: Sequence[str]) -> None:

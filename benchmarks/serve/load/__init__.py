@@ -1,0 +1,1 @@
+"""Load tests over HTTP and WebSocket: `python -m benchmarks.serve.load`, or `make load`."""
