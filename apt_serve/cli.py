@@ -1,4 +1,5 @@
-"""The command apt-serve: start a server, generate in the terminal, run a benchmark.
+"""The command apt-serve: start a server, look whether it would start, generate in the terminal, keep API keys, run a
+benchmark.
 
 What a command needs is imported when it runs: help and refusals of bad settings do not wait for torch and Ray.
 """
@@ -9,7 +10,6 @@ import argparse
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import threading
@@ -21,16 +21,21 @@ from pathlib import Path
 
 from apt_core.config import add_flags, apply_overrides, overrides_from, parse
 from apt_core.errors import AptError, ConfigError, InvalidRequestError
+from apt_serve.access.identity import Scope
+from apt_serve.access.keys import read_pepper
 from apt_serve.config import ServerConfig
 from apt_serve.config_file import ConfigFile, HttpOptions, default_config_file, read_config_file
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.sampling_params import SamplingParams
+from apt_serve.ports import require_free_port
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 RAY_ENVIRONMENT = {
     # Ray runs its workers at nice 15 unless told otherwise, so that anything else on the machine starves them.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # uvicorn, which Ray's proxy runs on, would believe any client on this machine who it says it is, in a header.
+    "FORWARDED_ALLOW_IPS": "",
 }
 USAGE_ERROR = 2
 
@@ -74,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="apt-serve", description="Serve a large language model.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_start(commands)
+    _add_doctor(commands)
     _add_generate(commands)
+    _add_keys(commands)
+    _add_worker(commands)
     _add_bench(commands)
     return parser
 
@@ -82,17 +90,28 @@ def _parser() -> argparse.ArgumentParser:
 def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     start = commands.add_parser("start", help="start the server", allow_abbrev=False)
     start.set_defaults(command=_start)
-    start.add_argument("source", nargs="?", metavar="SOURCE", help="the model, as --model.source")
-    start.add_argument("--config", metavar="FILE", help="settings, such as deploy/config.yaml; flags go before it")
-    start.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    start.add_argument("--port", type=int, help="port to listen on (default: 8000)")
     start.add_argument(
         "--runner",
         choices=("ray", "uvicorn"),
         default="ray",
         help="ray: Ray Serve, which restarts what fails and runs replicas; uvicorn: one process (default: ray)",
     )
-    add_flags(start, ServerConfig)
+    _add_server_settings(start)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser("doctor", help="look whether a server would start here", allow_abbrev=False)
+    doctor.set_defaults(command=_doctor)
+    doctor.add_argument("--json", action="store_true", help="print a list of objects")
+    _add_server_settings(doctor)
+
+
+def _add_server_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="the model, as --model.source")
+    parser.add_argument("--config", metavar="FILE", help="settings, such as deploy/config.yaml; flags go before it")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+    add_flags(parser, ServerConfig)
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -109,6 +128,37 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add_flags(generate, GenerateSettings)
 
 
+def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    keys = commands.add_parser("keys", help="make, list, rotate and revoke API keys", allow_abbrev=False)
+    actions = keys.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="make a key and print it, once", allow_abbrev=False)
+    create.add_argument("--owner", required=True, help="whom usage, limits and jobs are counted by")
+    create.add_argument("--name", default="default", help="tells an owner's keys apart; two of a name may be live")
+    create.add_argument("--scope", action="append", choices=tuple(Scope), help="may be repeated (default: inference)")
+    create.add_argument("--model", action="append", metavar="NAME", help="may use it; may be repeated (default: all)")
+    create.add_argument("--class", dest="tenant_class", default="default", metavar="NAME", help="class of limits")
+    create.add_argument("--expires-in-days", type=float, metavar="N", help="default: never")
+    listing = actions.add_parser("list", help="list keys, without their secrets", allow_abbrev=False)
+    listing.add_argument("--owner", help="of this owner alone")
+    rotate = actions.add_parser("rotate", help="make another key for the same and print it, once", allow_abbrev=False)
+    rotate.add_argument(
+        "--overlap-days", type=float, default=1.0, metavar="N", help="the old one works on (default: 1)"
+    )
+    revoke = actions.add_parser("revoke", help="end a key at once", allow_abbrev=False)
+    for action in (rotate, revoke):
+        action.add_argument("id", metavar="ID", help="the eight characters after apt_")
+    for action in (create, listing, rotate, revoke):
+        action.add_argument("--config", metavar="FILE", help="the server's settings, which say where records are kept")
+        action.set_defaults(command=_keys)
+
+
+def _add_worker(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    worker = commands.add_parser("worker", help="run batches and jobs that Redis hands out", allow_abbrev=False)
+    worker.set_defaults(command=_worker, source=None, host=None, port=None)
+    worker.add_argument("--config", metavar="FILE", help="the server's settings; flags go before it")
+    add_flags(worker, ServerConfig)
+
+
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser("bench", help="run a benchmark of a source checkout", allow_abbrev=False)
     bench.set_defaults(command=_bench)
@@ -118,7 +168,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _start(options: argparse.Namespace) -> int:
     config, http = _server_settings(options)
-    _require_free_port(http)
+    require_free_port(http)
     began = time.monotonic()
 
     def on_ready() -> None:
@@ -135,6 +185,16 @@ def _start(options: argparse.Namespace) -> int:
 
     deployment.run(config, http, on_ready)
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    config, http = _server_settings(options)
+    from apt_serve.doctor.examine import examine
+    from apt_serve.doctor.finding import as_json, as_text, has_problems
+
+    findings = examine(config, http)
+    print(as_json(findings) if options.json else as_text(findings))
+    return 1 if has_problems(findings) else 0
 
 
 def _server_settings(options: argparse.Namespace) -> tuple[ServerConfig, HttpOptions]:
@@ -156,17 +216,6 @@ def _in_file(path: str) -> ConfigFile:
     except ConfigError as error:
         raise ConfigError(str(error), field=path) from None
     return file
-
-
-def _require_free_port(http: HttpOptions) -> None:
-    """Refuse at once, before a model is loaded for nothing."""
-    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((http.host, http.port))
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {http.host}:{http.port}: {error.strerror}", field="port") from None
 
 
 def _greet(config: ServerConfig, http: HttpOptions, began: float) -> None:
@@ -213,6 +262,25 @@ def _generate(options: argparse.Namespace) -> int:
     messages = [{"role": "system", "content": options.system}] if options.system else []
     text = prompt if options.raw else [*messages, {"role": "user", "content": prompt}]
     return terminal.run(settings.model, text, given | {"stop": tuple(options.stop)})
+
+
+def _keys(options: argparse.Namespace) -> int:
+    file = _in_file(options.config) if options.config else default_config_file()
+    config = parse(ServerConfig, file.args)
+    from apt_serve import keys_command
+
+    return keys_command.run(options, config)
+
+
+def _worker(options: argparse.Namespace) -> int:
+    config, _ = _server_settings(options)
+    if config.jobs.redis_url is None:
+        raise ConfigError("without Redis the server runs its jobs by itself", field="jobs.redis_url")
+    from apt_serve.jobs.remote_worker import RemoteWorker
+
+    pepper = read_pepper(config.access.pepper_variable, config.records.path) if config.access.enabled else None
+    RemoteWorker(config.jobs, config.records, pepper, config.job_priority).run()
+    return 0
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from apt_core.errors import ConfigError
+from apt_serve.access.config import AccessConfig
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.handover import SwapMode
+from apt_serve.jobs.config import JobsConfig
+from apt_serve.limits.config import LimitsConfig
+from apt_serve.records.config import RecordsConfig
+from apt_serve.telemetry.config import TelemetryConfig
 
 TOKEN_VARIABLE = "APT_ADMIN_TOKEN"
 MIN_TOKEN_LENGTH = 16
@@ -49,8 +54,8 @@ class AdminConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     token: str | None = field(default=None, repr=False)
-    """Bearer token of /admin/weights, at least 16 characters; None takes the environment variable APT_ADMIN_TOKEN.
-    Without either there is no such endpoint."""
+    """Bearer token that may do everything, at least 16 characters; None takes the environment variable APT_ADMIN_TOKEN.
+    Without either, and without access control, there is no /admin."""
     weight_folders: tuple[str, ...] = ()
     """Weights are loaded from below these folders only, which trainer and replicas share. What was loaded last is noted
     in the first, and a replica that starts begins with it in place of model.source."""
@@ -101,9 +106,19 @@ class ServerConfig:
     model: EngineConfig = field(default_factory=EngineConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     admin: AdminConfig = field(default_factory=AdminConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
+    records: RecordsConfig = field(default_factory=RecordsConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     replicas: int = 1
     """Copies of the server behind Ray Serve, each with its own engine and weights."""
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ConfigError(f"must be at least 1, got {self.replicas}", field="replicas")
+
+    @property
+    def job_priority(self) -> int | None:
+        """Of the requests of batches and jobs; None where the engine knows no priorities."""
+        return self.jobs.priority if self.model.policy == "priority" else None

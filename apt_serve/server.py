@@ -25,7 +25,8 @@ class Server:
         fleet: all replicas that new weights go to; None: this one has no others.
 
     Raises:
-        ConfigError: the engine is not installed, or the admin token in the environment is too short.
+        ConfigError: the engine is not installed, the admin token in the environment is too short, or a key of access
+            control cannot be read.
     """
 
     def __init__(self, config: ServerConfig, *, is_behind_serve: bool = False, fleet: Fleet | None = None) -> None:

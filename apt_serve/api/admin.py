@@ -1,62 +1,21 @@
-"""/admin/weights: new weights while requests run. Only there if an admin token is configured."""
+"""/admin/weights: new weights while requests run. Only there with access control or an admin token."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
-from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
+from fastapi import APIRouter, Response
 
 from apt_core.manifest import MANIFEST
+from apt_serve.api.admin_route import AdminJsonRoute, AdminRoute
 from apt_serve.api.current_weights import is_allowed
 from apt_serve.api.errors import ApiError
 from apt_serve.api.handover import Refusal
-from apt_serve.api.json_route import JsonRoute
 from apt_serve.api.openapi import errors
 from apt_serve.api.schemas.admin import WeightsRequest, WeightsResponse
-from apt_serve.api.state import State, state_of
+from apt_serve.api.state import State
 from apt_serve.config import AdminConfig
 from apt_serve.engine.handover import SwapOrder
-
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-
-
-class AdminRoute(APIRoute):
-    """A route for whoever has the admin token; nothing is read of anybody else's request but its header."""
-
-    def get_route_handler(self) -> Handler:
-        """FastAPI's handler behind the check."""
-        return _behind_token(super().get_route_handler())
-
-
-class AdminJsonRoute(JsonRoute):
-    """The same with a JSON body."""
-
-    def get_route_handler(self) -> Handler:
-        """JsonRoute's handler behind the check."""
-        return _behind_token(super().get_route_handler())
-
-
-def _behind_token(handle: Handler) -> Handler:
-    async def check(request: Request) -> Response:
-        token = state_of(request).admin_token
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        is_known = token is not None and secrets.compare_digest(given.strip().encode(), token.encode())
-        if scheme.lower() != "bearer" or not is_known:
-            raise ApiError(
-                401,
-                "This needs the admin token: Authorization: Bearer ...",
-                type="authentication_error",
-                code="invalid_admin_token",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        return await handle(request)
-
-    return check
-
 
 _REFUSALS = {
     Refusal.RUNNING: "Another swap has not ended.",
@@ -68,7 +27,7 @@ reading = APIRouter(route_class=AdminRoute)
 writing = APIRouter(route_class=AdminJsonRoute)
 
 
-@reading.get("/admin/weights", response_model=WeightsResponse, responses=errors(401, 503))
+@reading.get("/admin/weights", response_model=WeightsResponse, responses=errors(401, 403, 503))
 async def get_weights(state: State) -> Response:
     """Version and latest swap of every replica."""
     return WeightsResponse.of(await state.fleet.weights()).response()

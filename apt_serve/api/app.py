@@ -12,14 +12,20 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 
 from apt_core.errors import AptError
+from apt_serve.access.authenticator import Authenticator
 from apt_serve.api import (
     admin,
+    batches,
     chat,
     completions,
+    files,
     generate,
     health,
+    jobs,
+    keys,
     metrics,
     models,
     openapi,
@@ -27,8 +33,11 @@ from apt_serve.api import (
     unavailable,
     websocket,
 )
+from apt_serve.api.access import AccessMiddleware
+from apt_serve.api.address_limit import AddressLimitMiddleware
 from apt_serve.api.errors import CLIENT_CLOSED_REQUEST, ApiError, RequestTimeoutError, as_api_error
 from apt_serve.api.handover import Fleet, Handover
+from apt_serve.api.limited import LimitHeadersMiddleware
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.api.middleware import (
     REQUEST_ID_HEADER,
@@ -36,12 +45,31 @@ from apt_serve.api.middleware import (
     LastResortMiddleware,
     RequestIdMiddleware,
 )
+from apt_serve.api.observe import ObserveMiddleware, Observer
 from apt_serve.api.state import ApiState
 from apt_serve.api.streaming import WEIGHT_VERSION_HEADER
-from apt_serve.config import ApiConfig, ServerConfig
+from apt_serve.config import ServerConfig
 from apt_serve.engine.client import EngineClient
+from apt_serve.jobs.service import JobService
+from apt_serve.limits.limiter import RATE_LIMIT_HEADERS, Limiter
+from apt_serve.records.database import Database
 
-_ROUTERS = (completions, chat, models, generate, tokenization, health, metrics, websocket, unavailable)
+_ROUTERS = (
+    completions,
+    chat,
+    models,
+    generate,
+    tokenization,
+    files,
+    batches,
+    jobs,
+    health,
+    metrics,
+    websocket,
+    unavailable,
+)
+_MULTIPART_BYTES = 64 * 1024
+"""Around a file in the body of an upload."""
 
 
 def create_app(
@@ -65,29 +93,38 @@ def create_app(
         fleet: all replicas that new weights go to; None: this one has no others.
 
     Raises:
-        ConfigError: the admin token in the environment is too short.
+        ConfigError: the admin token in the environment is too short, a key of access control cannot be read, or the URL
+            of Redis is none.
     """
     admin_token = config.admin.bearer_token
-    state = ApiState(config, engine, prometheus, fleet or Handover(config, engine, prometheus), admin_token)
+    database = Database(config.records)
+    access = Authenticator(config.access, config.records, database, admin_token)
     prometheus.watch(engine)
+    prometheus.know_classes(config.limits.classes)
+    observer = Observer(config.telemetry, prometheus)
     app = FastAPIOffline(  # /docs works without a network
         redoc_url=None,
         title=openapi.TITLE,
         description=openapi.DESCRIPTION,
         openapi_tags=openapi.TAGS,
         lifespan=_lifespan if runs_engine else None,
-        middleware=_middleware(config.api, is_behind_serve),
+        middleware=_middleware(config, access, observer, is_behind_serve),
         exception_handlers={
             kind: _answer_error for kind in (HTTPException, RequestValidationError, RequestTimeoutError, AptError)
         },
         redirect_slashes=False,
     )
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
-    app.state.api = state
+    service = JobService(config.jobs, config.records, database, app, config.job_priority)
+    fleet = fleet or Handover(config, engine, prometheus)
+    limiter = Limiter(config.limits)
+    prometheus.watch_limits(limiter)
+    app.state.api = ApiState(config, engine, prometheus, fleet, service, database, access, limiter, observer)
     for module in _ROUTERS:
         app.include_router(module.router)
-    if admin_token is not None:
+    if admin_token is not None or access.is_enabled:
         app.include_router(admin.router)
+        app.include_router(keys.router)
     return app
 
 
@@ -101,30 +138,50 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await state.stop()
 
 
-def _middleware(config: ApiConfig, is_behind_serve: bool) -> list[Middleware]:
+def _middleware(
+    config: ServerConfig, access: Authenticator, observer: Observer, is_behind_serve: bool
+) -> list[Middleware]:
     """Outermost first: errors of the inner ones still get their request id and CORS headers."""
-    layers = [Middleware(RequestIdMiddleware, is_behind_serve)]
-    if config.cors_allow_origins:
+    layers = [Middleware(RequestIdMiddleware, is_behind_serve), Middleware(ObserveMiddleware, observer)]
+    origins = config.api.cors_allow_origins
+    if origins:
         layers.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=config.cors_allow_origins,
-                allow_methods=["GET", "POST"],
+                allow_origins=origins,
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=[REQUEST_ID_HEADER, WEIGHT_VERSION_HEADER, "Retry-After"],
+                expose_headers=[REQUEST_ID_HEADER, WEIGHT_VERSION_HEADER, "Retry-After", *RATE_LIMIT_HEADERS],
             )
         )
-    return [*layers, Middleware(LastResortMiddleware), Middleware(BodyLimitMiddleware, config.max_body_bytes)]
+    layers.append(Middleware(LastResortMiddleware))
+    if config.limits.requests_per_minute_per_address is not None:
+        layers.append(Middleware(AddressLimitMiddleware, config.limits))
+    uploads = {"/v1/files": config.jobs.max_file_bytes + _MULTIPART_BYTES}
+    return [
+        *layers,
+        Middleware(AccessMiddleware, access, config.access.public_metrics),
+        Middleware(LimitHeadersMiddleware),
+        Middleware(BodyLimitMiddleware, config.api.max_body_bytes, uploads),
+    ]
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     answer = as_api_error(error)
     if answer.code == "not_found":
         answer = ApiError(404, f"There is no {request.method} {request.url.path} here.", code="not_found")
+    if answer.code == "method_not_allowed":  # Starlette names those of the first route with this path alone
+        answer.headers = {"Allow": ", ".join(_methods_at(request))}
     state: ApiState = request.app.state.api
     if request.method == "POST":  # a failed health check is no rejected request
         state.metrics.rejected(answer.reason)
     return answer.response()
+
+
+def _methods_at(request: Request) -> list[str]:
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in matching for method in route.methods or ()})
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from apt_core.errors import InvalidRequestError
+from apt_serve.access.identity import Scope
+from apt_serve.api.access import Caller, needs
 from apt_serve.api.completion_format import CompletionFormatter, CompletionOptions
 from apt_serve.api.errors import wire_names
-from apt_serve.api.generation import Job, make_job
+from apt_serve.api.generation import Job, Origin, make_job
 from apt_serve.api.json_route import JsonRoute
 from apt_serve.api.openapi import GENERATION_ERRORS
 from apt_serve.api.prompts import sampling_params, text_prompts
@@ -17,7 +19,7 @@ from apt_serve.api.state import State
 from apt_serve.engine.client import EngineClient
 from apt_serve.engine.sampling_params import SamplingParams
 
-router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
+router = APIRouter(route_class=JsonRoute, tags=["OpenAI"], dependencies=[needs(Scope.INFERENCE)])
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -26,17 +28,17 @@ _NAMES = {"prompt_logprobs": "logprobs", "prompt_token_ids": "prompt"}
 
 
 @router.post("/v1/completions", response_model=Completion, responses=GENERATION_ERRORS)
-async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
+async def create_completion(body: CompletionRequest, request: Request, state: State, caller: Caller) -> Response:
     """Continue a text. With `stream` the answer is server-sent events, the last of them `data: [DONE]`."""
-    engine = state.engine_for(body.model)
-    job = await _make_job(engine, body)
+    engine = state.engine_for(caller, body.model)
+    job = await _make_job(engine, body, state.origin(caller, body.cache_salt))
     skip_special_tokens = job.requests[0].sampling.skip_special_tokens
     options = CompletionOptions(bool(body.echo), body.logprobs, skip_special_tokens, bool(body.return_token_ids))
     formatter = CompletionFormatter(state.envelope(job), engine.model.tokenizer, options)
     return await answer(request, state, engine, job, formatter, body)
 
 
-async def _make_job(engine: EngineClient, body: CompletionRequest) -> Job:
+async def _make_job(engine: EngineClient, body: CompletionRequest, origin: Origin) -> Job:
     with wire_names(_NAMES):
         sampling = _sampling(engine, body)
     add_special_tokens = True if body.add_special_tokens is None else body.add_special_tokens
@@ -44,7 +46,7 @@ async def _make_job(engine: EngineClient, body: CompletionRequest) -> Job:
     most = engine.model.max_num_choices
     if len(prompts) * sampling.n > most:
         raise InvalidRequestError(f"prompts times n must be at most {most} on this server", param="prompt")
-    return make_job(engine, "cmpl", prompts, sampling, priority=body.priority, names=_NAMES)
+    return make_job(engine, "cmpl", prompts, sampling, origin=origin, priority=body.priority, names=_NAMES)
 
 
 def _sampling(engine: EngineClient, body: CompletionRequest) -> SamplingParams:

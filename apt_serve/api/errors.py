@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from apt_core.errors import InvalidRequestError
+from apt_core.errors import AptError, InvalidRequestError
+from apt_serve.access.errors import AuthenticationError, KeyNotFoundError, PermissionDeniedError, TooManyKeysError
 from apt_serve.api.schemas.common import ErrorBody, ErrorResponse
 from apt_serve.engine.client import (
     EngineOverloadedError,
@@ -22,6 +23,8 @@ from apt_serve.engine.client import (
     GenerationFailedError,
     WeightsReplacedError,
 )
+from apt_serve.limits.limiter import RateLimitedError
+from apt_serve.records.database import RecordsError
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +81,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(400, str(error), param=error.param, code=error.code)
         case RequestValidationError() | ValidationError():
             return _from_validation(error.errors())
+        case RateLimitedError():
+            return rate_limited(str(error), error.headers)
         case EngineOverloadedError():
             headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return ApiError(503, str(error), type="overloaded_error", code="engine_overloaded", headers=headers)
@@ -89,12 +94,22 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(503, str(error), type="server_error", code="weights_replaced", headers=headers)
         case GenerationFailedError():
             return ApiError(500, str(error), type="server_error", code="engine_error")
+        case AuthenticationError() | PermissionDeniedError() | KeyNotFoundError() | TooManyKeysError():
+            return _from_access(error)
+        case RecordsError():
+            headers = {"Retry-After": "1"}
+            return ApiError(503, str(error), type="server_error", code="records_unavailable", headers=headers)
         case RequestTimeoutError():
             return ApiError(504, str(error), type="timeout_error", code="request_timeout")
         case HTTPException():
             return _from_http(error)
     logger.error("a request failed by a fault of the server's", exc_info=error)
     return ApiError(500, "The server failed to answer.", type="server_error", code="internal_error")
+
+
+def rate_limited(message: str, headers: Mapping[str, str]) -> ApiError:
+    """The answer to whoever has taken what it may take."""
+    return ApiError(429, message, type="rate_limit_error", code="rate_limit_exceeded", headers=headers)
 
 
 def model_not_found(name: str) -> ApiError:
@@ -111,6 +126,18 @@ def wire_names(names: Mapping[str, str]) -> Iterator[None]:
         if error.param is not None and error.param in names:
             error.param = names[error.param]
         raise
+
+
+def _from_access(error: AptError) -> ApiError:
+    match error:
+        case PermissionDeniedError():
+            return ApiError(403, str(error), type="permission_error", param=error.param, code=error.code)
+        case KeyNotFoundError():
+            return ApiError(404, str(error), code="key_not_found")
+        case TooManyKeysError():
+            return ApiError(409, str(error), code="too_many_keys")
+    headers = {"WWW-Authenticate": "Bearer"}
+    return ApiError(401, str(error), type="authentication_error", code="invalid_api_key", headers=headers)
 
 
 def _from_http(error: HTTPException) -> ApiError:

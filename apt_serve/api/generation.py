@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 
 from apt_core.errors import InvalidRequestError
@@ -32,6 +32,16 @@ class Prompt:
     token_ids: tuple[int, ...]
     text: str | None
     """As the client wrote it; None where it sent token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a job comes from, as far as the engine is to know."""
+
+    tenant: str
+    """Whom its tokens are counted for."""
+    cache_salt: str
+    """Prefixes are shared among jobs with the same one alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +79,7 @@ def make_job(
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
     *,
+    origin: Origin,
     priority: int | None = None,
     names: Mapping[str, str] | None = None,
 ) -> Job:
@@ -79,6 +90,7 @@ def make_job(
         kind: prefix of the answer's id.
         prompts: at least one.
         sampling: the same for all prompts.
+        origin: from ``ApiState.origin``.
         priority: lower is served earlier; None if the client does not care.
         names: what the client calls a field that the engine complains of.
 
@@ -88,7 +100,15 @@ def make_job(
     job_id = f"{kind}-{uuid.uuid4().hex}"
     weight_version = engine.model.weight_version  # of all prompts the same
     requests = tuple(
-        GenerationRequest(f"{job_id}-{number}", prompt.token_ids, sampling, priority or 0, weight_version)
+        GenerationRequest(
+            f"{job_id}-{number}",
+            prompt.token_ids,
+            sampling,
+            priority or 0,
+            origin.tenant,
+            origin.cache_salt,
+            weight_version,
+        )
         for number, prompt in enumerate(prompts)
     )
     with wire_names(names or {}):
@@ -110,16 +130,23 @@ def _require_capabilities(engine: EngineClient, sampling: SamplingParams, priori
             raise InvalidRequestError(message, param=capability.value, code="unsupported_parameter")
 
 
-async def run_job(engine: EngineClient, job: Job, timeout_s: float) -> AsyncGenerator[list[ChoiceDelta], None]:
+Batches = AsyncGenerator[list[ChoiceDelta], None]
+"""Deltas of a job, everything that is there at a time."""
+Guard = Callable[[], AbstractAsyncContextManager[None]]
+"""Made around each prompt's generation; may end it with an error."""
+
+
+async def run_job(engine: EngineClient, job: Job, timeout_s: float, guard: Guard = nullcontext) -> Batches:
     """Deltas of all choices as they come, everything that is there at a time. Closing it aborts what still runs.
 
     Raises:
         RequestTimeoutError: the job did not finish in time.
+        Exception: the guard's.
         AptError: as ``EngineClient.generate``.
     """
     arrivals: asyncio.Queue[ChoiceDelta | _Ended] = asyncio.Queue(_MAX_DELTAS_AHEAD)
     running = len(job.requests)
-    pumps = [asyncio.create_task(_pump(engine, job, number, timeout_s, arrivals)) for number in range(running)]
+    pumps = [asyncio.create_task(_pump(engine, job, number, timeout_s, guard, arrivals)) for number in range(running)]
     try:
         while running:
             batch: list[ChoiceDelta] = []
@@ -146,11 +173,16 @@ class _Ended:
 
 
 async def _pump(
-    engine: EngineClient, job: Job, number: int, timeout_s: float, arrivals: asyncio.Queue[ChoiceDelta | _Ended]
+    engine: EngineClient,
+    job: Job,
+    number: int,
+    timeout_s: float,
+    guard: Guard,
+    arrivals: asyncio.Queue[ChoiceDelta | _Ended],
 ) -> None:
     """Carry the deltas of one prompt into the common queue, and how they ended."""
     try:
-        async with asyncio.timeout(timeout_s), aclosing(engine.generate(job.requests[number])) as outputs:
+        async with asyncio.timeout(timeout_s), guard(), aclosing(engine.generate(job.requests[number])) as outputs:
             async for output in outputs:
                 _refuse_failure(output)
                 await arrivals.put(ChoiceDelta(number, number * job.n + output.index, output))

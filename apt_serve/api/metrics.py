@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from apt_serve.engine.client import EngineClient, EngineStats, EngineStoppedError
 from apt_serve.engine.metrics import FinishRecord, StepRecord
+from apt_serve.limits.limiter import Limiter
+from apt_serve.telemetry.exchange import Exchange
 
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _LONG_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 _TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET"})
 
 
 class PrometheusMetrics:
@@ -43,6 +47,9 @@ class PrometheusMetrics:
         self._swaps = self._labelled("weight_swaps", "Changes of weights, by how they ended.", "outcome")
         self._rejected = self._labelled("requests_rejected", "Requests answered with an error.", "reason")
 
+        self._tenant_classes = {"default"}
+        self._by_class = _ClassMetrics(self.registry)
+
     def step(self, record: StepRecord) -> None:
         """Count one engine step."""
         self._step.observe(record.duration_s)
@@ -68,6 +75,17 @@ class PrometheusMetrics:
         """Count one request that was answered with an error."""
         self._rejected.labels(self._model_name, reason).inc()
 
+    def know_classes(self, names: Collection[str]) -> None:
+        """Label by these tenant classes; callers of any other count as "other", so that labels stay bounded."""
+        self._tenant_classes.update(names)
+
+    def exchanged(self, exchange: Exchange) -> None:
+        """Count a request, or a message on a WebSocket, that has ended."""
+        tenant_class = exchange.caller.tenant_class if exchange.caller else "none"
+        if exchange.caller and tenant_class not in self._tenant_classes:
+            tenant_class = "other"
+        self._by_class.count(exchange, self._model_name, tenant_class)
+
     def swapped(self, outcome: str) -> None:
         """Count one change of weights that has ended."""
         self._swaps.labels(self._model_name, outcome).inc()
@@ -75,6 +93,12 @@ class PrometheusMetrics:
     def watch(self, engine: EngineClient) -> None:
         """Read an engine's gauges at each scrape."""
         self.registry.register(_EngineGauges(engine, self._model_name))
+
+    def watch_limits(self, limiter: Limiter) -> None:
+        """Read at each scrape whether limits are counted together."""
+        text = "1 while Redis fails and each replica applies the limits by itself."
+        gauge = Gauge("apt:limits_fallback", text, ["model_name"], registry=self.registry)
+        gauge.labels(self._model_name).set_function(lambda: limiter.is_fallback)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         histogram = Histogram(f"apt:{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
@@ -85,6 +109,49 @@ class PrometheusMetrics:
 
     def _labelled(self, name: str, text: str, label: str) -> Counter:
         return Counter(f"apt:{name}", text, ["model_name", label], registry=self.registry)
+
+
+class _ClassMetrics:
+    """What callers see, by model and tenant class; the engine's own metrics know no classes."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        labels = ["model_name", "tenant_class"]
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"apt:{name}", text, labels, buckets=_LONG_BUCKETS, registry=registry)
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(f"apt:{name}", text, [*labels, *more], registry=registry)
+
+        self._ttft = histogram("request_time_to_first_token_seconds", "HTTP arrival to first token.")
+        self._framework = histogram(
+            "time_to_first_token_framework_seconds", "Of that, and of the way to the socket, all but the engine's."
+        )
+        self._latency = histogram("request_latency_seconds", "HTTP arrival to the end of the answer.")
+        self._prompt_tokens = counter("request_prompt_tokens_by_class", "Prompt tokens of requests.")
+        self._generated_tokens = counter("request_generation_tokens_by_class", "Tokens generated for requests.")
+        self._choices = counter("request_choices", "Choices by how they ended.", "finished_reason")
+        self._http = counter("http_requests", "Requests answered.", "method", "route", "status")
+
+    def count(self, exchange: Exchange, model_name: str, tenant_class: str) -> None:
+        """Count an exchange that has ended."""
+        labels = (model_name, tenant_class)
+        method = exchange.method if exchange.method in _METHODS else "other"
+        self._http.labels(*labels, method, exchange.route, str(exchange.status)).inc()
+        if exchange.submitted_at is None:
+            return
+        if exchange.ended_at is not None:
+            self._latency.labels(*labels).observe(exchange.ended_at - exchange.arrived_at)
+        self._prompt_tokens.labels(*labels).inc(exchange.num_prompt_tokens)
+        self._generated_tokens.labels(*labels).inc(exchange.num_generated_tokens)
+        for reason, number in exchange.finish_reasons.items():
+            self._choices.labels(*labels, reason).inc(number)
+        if exchange.first_token_at is not None:
+            self._ttft.labels(*labels).observe(exchange.first_token_at - exchange.arrived_at)
+            framework_s = exchange.submitted_at - exchange.arrived_at
+            if exchange.is_streamed and exchange.first_byte_at is not None:
+                framework_s += exchange.first_byte_at - exchange.first_token_at
+            self._framework.labels(*labels).observe(framework_s)
 
 
 class _EngineGauges(Collector):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -81,25 +82,29 @@ DISCARD_FACTOR = 16
 class BodyLimitMiddleware:
     """Refuses bodies above a size: by what the client declares, else as soon as it has sent too much.
 
+    Paths among ``exceptions`` have a size of their own.
+
     The rest of the body is read and thrown away, up to DISCARD_FACTOR times the size: a client that still sends when
     its connection is closed sees a reset instead of the answer. One that waits for "100 Continue" sends nothing.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, exceptions: Mapping[str, int] | None = None) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._exceptions = exceptions or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        max_bytes = self._exceptions.get(scope["path"], self._max_bytes)
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
+        if declared.isdecimal() and int(declared[:20]) > max_bytes:
             if headers.get("expect", "").lower() != "100-continue":
-                await self._discard(receive)
-            await self._refusal().response()(scope, receive, send)
+                await _discard(receive, max_bytes)
+            await _refusal(max_bytes).response()(scope, receive, send)
             return
         num_received = 0
 
@@ -107,23 +112,25 @@ class BodyLimitMiddleware:
             nonlocal num_received
             message = await receive()
             num_received += len(message.get("body", b""))
-            if num_received > self._max_bytes:
+            if num_received > max_bytes:
                 if message.get("more_body", False):
-                    await self._discard(receive)
-                raise self._refusal()
+                    await _discard(receive, max_bytes)
+                raise _refusal(max_bytes)
             return message
 
         await self._app(scope, counting_receive, send)
 
-    async def _discard(self, receive: Receive) -> None:
-        """Read what else the client sends."""
-        num_bytes, message = 0, await receive()
-        while message["type"] == "http.request" and message.get("more_body", False):
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > DISCARD_FACTOR * self._max_bytes:
-                return
-            message = await receive()
 
-    def _refusal(self) -> ApiError:
-        message = f"The request body is larger than {self._max_bytes} bytes."
-        return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
+async def _discard(receive: Receive, max_bytes: int) -> None:
+    """Read what else the client sends."""
+    num_bytes, message = 0, await receive()
+    while message["type"] == "http.request" and message.get("more_body", False):
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > DISCARD_FACTOR * max_bytes:
+            return
+        message = await receive()
+
+
+def _refusal(max_bytes: int) -> ApiError:
+    message = f"The request body is larger than {max_bytes} bytes."
+    return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})

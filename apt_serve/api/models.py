@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from apt_serve.access.identity import Scope
+from apt_serve.api.access import Caller, needs
 from apt_serve.api.openapi import errors
 from apt_serve.api.schemas.simple import ModelCard, ModelList, ModelSummaries, ModelSummary
 from apt_serve.api.state import State
 from apt_serve.engine.client import ModelInfo
 
-router = APIRouter()
+router = APIRouter(dependencies=[needs(Scope.INFERENCE)])
 
 
 @router.get("/v1/models", response_model=ModelList, tags=["OpenAI"])
-async def list_models(state: State) -> Response:
-    """All served models."""
-    return ModelList(object="list", data=[_card(state.engine.model)]).response()
+async def list_models(state: State, caller: Caller) -> Response:
+    """All served models that the caller may use."""
+    models = [state.engine.model]
+    return ModelList(object="list", data=[_card(each) for each in models if caller.may_use(each.name)]).response()
 
 
 @router.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404), tags=["OpenAI"])
-async def get_model(model: str, state: State) -> Response:
+async def get_model(model: str, state: State, caller: Caller) -> Response:
     """One served model."""
-    return _card(state.engine_for(model).model).response()
+    return _card(state.engine_for(caller, model).model).response()
 
 
 @router.get("/models", response_model=ModelSummaries, tags=["Simple"])
-async def summarize_models(state: State) -> Response:
-    """All served models and what they can do."""
+async def summarize_models(state: State, caller: Caller) -> Response:
+    """All served models that the caller may use, and what they can do."""
     model = state.engine.model
+    if not caller.may_use(model.name):
+        return ModelSummaries(models=[]).response()
     summary = ModelSummary(
         name=model.name,
         max_model_len=model.max_model_len,

@@ -6,8 +6,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from apt_core.errors import InvalidRequestError
+from apt_serve.access.identity import Identity
 from apt_serve.api.errors import wire_names
-from apt_serve.api.generation import ChoiceDelta, Job, Prompt, make_job, run_job
+from apt_serve.api.generation import ChoiceDelta, Job, Prompt, make_job
+from apt_serve.api.limited import run_limited
 from apt_serve.api.logprobs import chat_logprobs
 from apt_serve.api.prompts import chat_prompt, sampling_params, text_prompts
 from apt_serve.api.schemas.base import ResponseSchema
@@ -21,8 +23,9 @@ from apt_serve.engine.client import EngineClient, GenerationOutput
 class SocketGeneration:
     """Runs one generate message: ``messages`` while it lasts, ``finish`` when it is over or was cancelled."""
 
-    def __init__(self, state: ApiState, message: GenerateMessage) -> None:
+    def __init__(self, state: ApiState, caller: Identity, message: GenerateMessage) -> None:
         self._state = state
+        self._caller = caller
         self._message = message
         self._tally: Tally | None = None
         self._ends: dict[int, GenerationOutput] = {}
@@ -32,12 +35,18 @@ class SocketGeneration:
 
         Raises:
             AptError: as ``EngineClient.generate``.
-            ApiError, RequestTimeoutError: the request cannot be served, or not in time.
+            ApiError, RequestTimeoutError, RateLimitedError: the request cannot be served, or not in time.
         """
-        engine = self._state.engine_for(self._message.model)
+        with self._state.observer.follow_message(self._caller):
+            async with aclosing(self._run()) as messages:
+                async for message in messages:
+                    yield message
+
+    async def _run(self) -> AsyncGenerator[ResponseSchema, None]:
+        engine = self._state.engine_for(self._caller, self._message.model)
         job = await self._make_job(engine)
         self._tally = Tally(job)
-        async with aclosing(run_job(engine, job, self._state.config.api.request_timeout_s)) as batches:
+        async with aclosing(run_limited(self._state, self._caller, engine, job)) as batches:
             has_started = False
             async for batch in batches:
                 if not has_started:
@@ -65,7 +74,8 @@ class SocketGeneration:
             sampling = sampling_params(
                 engine.model, message.given(), max_tokens=message.max_tokens, logprobs=message.logprobs
             )
-        return make_job(engine, "ws", [prompt], sampling, priority=message.priority, names=names)
+        origin = self._state.origin(self._caller, message.cache_salt)
+        return make_job(engine, "ws", [prompt], sampling, origin=origin, priority=message.priority, names=names)
 
     async def _prompt(self, engine: EngineClient) -> Prompt:
         message = self._message

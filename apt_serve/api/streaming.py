@@ -14,13 +14,12 @@ from starlette.types import Receive, Scope, Send
 
 from apt_serve.api.errors import as_api_error
 from apt_serve.api.formatting import Formatter
-from apt_serve.api.generation import ChoiceDelta, Job
+from apt_serve.api.generation import Batches, ChoiceDelta, Job
 from apt_serve.api.schemas.base import ResponseSchema
 from apt_serve.api.schemas.common import StreamOptions, Usage
 from apt_serve.api.transcript import Tally, Transcript
 
 T = TypeVar("T")
-Batches = AsyncGenerator[list[ChoiceDelta], None]
 
 _DONE = b"data: [DONE]\n\n"
 WEIGHT_VERSION_HEADER = "X-Weight-Version"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from apt_core.errors import InvalidRequestError
+from apt_serve.access.identity import Scope
+from apt_serve.api.access import Caller, needs
 from apt_serve.api.json_route import JsonRoute
 from apt_serve.api.openapi import BODY_ERRORS
 from apt_serve.api.prompts import chat_text, encode
@@ -12,13 +14,13 @@ from apt_serve.api.schemas.simple import DetokenizeRequest, DetokenizeResponse, 
 from apt_serve.api.state import State
 from apt_serve.engine.client import ModelInfo
 
-router = APIRouter(route_class=JsonRoute, tags=["Tokenization"])
+router = APIRouter(route_class=JsonRoute, tags=["Tokenization"], dependencies=[needs(Scope.INFERENCE)])
 
 
 @router.post("/tokenize", response_model=TokenizeResponse, responses=BODY_ERRORS)
-async def tokenize(body: TokenizeRequest, state: State) -> Response:
+async def tokenize(body: TokenizeRequest, state: State, caller: Caller) -> Response:
     """Token ids of a text, or of the prompt that a conversation stands for."""
-    model = state.engine_for(body.model).model
+    model = state.engine_for(caller, body.model).model
     text, adds_by_default = _text(model, body)
     add_special_tokens = adds_by_default if body.add_special_tokens is None else body.add_special_tokens
     tokens = await encode(model.tokenizer, text, add_special_tokens=add_special_tokens)
@@ -26,9 +28,9 @@ async def tokenize(body: TokenizeRequest, state: State) -> Response:
 
 
 @router.post("/detokenize", response_model=DetokenizeResponse, responses=BODY_ERRORS)
-async def detokenize(body: DetokenizeRequest, state: State) -> Response:
+async def detokenize(body: DetokenizeRequest, state: State, caller: Caller) -> Response:
     """Text of token ids."""
-    model = state.engine_for(body.model).model
+    model = state.engine_for(caller, body.model).model
     for token in body.tokens:
         if token >= model.tokenizer.vocab_size:
             raise InvalidRequestError(f"{token} is not a token of this model", param="tokens")

@@ -31,9 +31,14 @@ class Tally:
         return Usage(
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.num_completion_tokens,
-            total_tokens=self.num_prompt_tokens + self.num_completion_tokens,
+            total_tokens=self.num_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached.values())),
         )
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and answers, so far."""
+        return self.num_prompt_tokens + self.num_completion_tokens
 
     @property
     def is_complete(self) -> bool:

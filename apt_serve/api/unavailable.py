@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
+from apt_serve.access.identity import Scope
+from apt_serve.api.access import needs
 from apt_serve.api.errors import ApiError
 
-router = APIRouter(include_in_schema=False)
+router = APIRouter(include_in_schema=False, dependencies=[needs(Scope.INFERENCE)])
 
 
 @router.post("/v1/embeddings")

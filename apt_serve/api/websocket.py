@@ -13,10 +13,20 @@ from fastapi import APIRouter
 from pydantic import TypeAdapter, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from apt_serve.access.authenticator import require_scope
+from apt_serve.access.errors import AuthenticationError, PermissionDeniedError
+from apt_serve.access.identity import Identity, Scope
 from apt_serve.api.errors import ApiError, as_api_error
 from apt_serve.api.json_route import parse_json
 from apt_serve.api.outbox import Outbox, SocketClosed, Window
-from apt_serve.api.schemas.websocket import CancelMessage, ClientMessage, ErrorMessage, GenerateMessage, PongMessage
+from apt_serve.api.schemas.websocket import (
+    AuthenticateMessage,
+    CancelMessage,
+    ClientMessage,
+    ErrorMessage,
+    GenerateMessage,
+    PongMessage,
+)
 from apt_serve.api.socket_generation import SocketGeneration
 from apt_serve.api.state import ApiState, State
 
@@ -24,8 +34,12 @@ logger = logging.getLogger(__name__)
 router = APIRouter()
 
 _CLOSE_TIMEOUT_S = 2.0
+_AUTHENTICATE_TIMEOUT_S = 10.0
+"""A client that shows nothing in its header says who it is within this time."""
 
-_CLIENT_MESSAGE: Final = TypeAdapter[GenerateMessage | CancelMessage | PongMessage](ClientMessage)
+_Message = GenerateMessage | CancelMessage | PongMessage | AuthenticateMessage
+_CLIENT_MESSAGE: Final = TypeAdapter[_Message](ClientMessage)
+_AUTHENTICATE: Final = TypeAdapter(AuthenticateMessage)
 
 
 @router.websocket("/ws/generate")
@@ -36,14 +50,39 @@ async def generate(websocket: WebSocket, state: State) -> None:
         return
     await websocket.accept()
     try:
-        await _Session(websocket, state).run()
+        caller = await _caller(websocket, state)
+        async with state.access.while_valid(caller, until_expiry=True):
+            await _Session(websocket, state, caller).run()
     except WebSocketDisconnect:
         pass
+    except AuthenticationError as error:
+        await _close(websocket, 4401, str(error))
+    except PermissionDeniedError as error:
+        await _close(websocket, 4403, str(error))
     except SocketClosed as closed:
         await _close(websocket, closed.code, closed.reason)
     except Exception:
         logger.exception("a WebSocket failed by a fault of the server's")
         await _close(websocket, 1011, "a fault of the server's")
+
+
+async def _caller(websocket: WebSocket, state: ApiState) -> Identity:
+    """Whom a socket is for, by its header or else its first message.
+
+    Raises:
+        AuthenticationError: that is no valid one, or did not come in time.
+        PermissionDeniedError: it may not generate.
+    """
+    caller: Identity | None = websocket.scope["state"].get("identity")
+    if caller is None:
+        try:
+            async with asyncio.timeout(_AUTHENTICATE_TIMEOUT_S):
+                message = _AUTHENTICATE.validate_python(parse_json(await websocket.receive_text()))
+        except (TimeoutError, ApiError, ValidationError, KeyError):
+            raise AuthenticationError("The first message must be authenticate, with an API key or token.") from None
+        caller = await state.access.of_bearer(message.token)
+    require_scope(caller, Scope.INFERENCE)
+    return caller
 
 
 async def _close(websocket: WebSocket, code: int, reason: str) -> None:
@@ -64,8 +103,9 @@ def _is_allowed_origin(websocket: WebSocket, allowed: tuple[str, ...]) -> bool:
 class _Session:
     """One socket: a receiver, a writer, and a task per generation."""
 
-    def __init__(self, websocket: WebSocket, state: ApiState) -> None:
+    def __init__(self, websocket: WebSocket, state: ApiState, caller: Identity) -> None:
         self._websocket = websocket
+        self._caller = caller
         self._state = state
         api = state.config.api
         self._window = Window(api.websocket_window_bytes)
@@ -121,7 +161,7 @@ class _Session:
             raise ApiError(413, f"The message is larger than {limit} bytes.", code="request_too_large")
         return parse_json(text)
 
-    def _handle(self, message: GenerateMessage | CancelMessage | PongMessage) -> None:
+    def _handle(self, message: _Message) -> None:
         match message:
             case GenerateMessage():
                 self._start(message)
@@ -132,6 +172,9 @@ class _Session:
             case PongMessage():
                 if not self._window.answered(message.n):
                     raise ApiError(400, f"There was no ping {message.n}.", param="n", code="unknown_ping")
+            case AuthenticateMessage():
+                if self._state.access.is_enabled:  # else there is nothing to prove, as with a header
+                    raise ApiError(400, "It is known already who this socket is for.", code="already_authenticated")
 
     def _start(self, message: GenerateMessage) -> None:
         if message.id in self._running:
@@ -139,7 +182,7 @@ class _Session:
         limit = self._state.config.api.max_generations_per_websocket
         if len(self._running) >= limit:
             raise ApiError(429, f"{limit} generations run on this socket already.", code="too_many_generations")
-        generation = SocketGeneration(self._state, message)
+        generation = SocketGeneration(self._state, self._caller, message)
         streaming = self._spawn(self._stream(generation))
         self._running[message.id] = streaming
         self._spawn(self._conclude(message.id, generation, streaming))

@@ -56,10 +56,12 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="apt-engine", daemon=True)
         self._started: asyncio.Future[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._admission = Admission()
+        self._admission = Admission(is_fair=config.policy == "fair")
         self._progress_at = time.monotonic()
         self._calls: set[asyncio.Future[Any]] = set()
         """Commands whose results are waited for."""
+        self._takes_calls = True
+        """Until the thread has applied its last command; it may live on for a moment."""
         self._weights = WeightVersions()
         self._swap = WeightSwap(self)
 
@@ -95,6 +97,7 @@ class AsyncEngine:
         self._commands.put(None)
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        gc.unfreeze()  # else nothing of the model is ever collected, whoever drops this engine
 
     def check(self, request: GenerationRequest) -> None:
         """See EngineClient."""
@@ -104,11 +107,11 @@ class AsyncEngine:
         """See EngineClient."""
         engine = self._require_engine()
         engine.check(request)
-        self._admission.admit(request.sampling.n, engine.model.max_num_choices)
+        self._admission.admit(request.sampling.n, engine.model.max_num_choices, request.tenant)
         weight_version = self._weights.choose(request.weight_version)
         if self._weights.has_to_wait(weight_version):
             await self._hold(request)
-        mailbox = Mailbox(request.sampling.n, weight_version)
+        mailbox = Mailbox(request.sampling.n, weight_version, request.tenant)
         sequences = engine.sequences_of(replace(request, weight_version=weight_version))
         for seq in sequences:
             self._submit(seq, mailbox)
@@ -156,11 +159,11 @@ class AsyncEngine:
             EngineStoppedError: the engine stops or has died.
             Exception: what the command raises.
         """
+        if not self._takes_calls:
+            raise EngineStoppedError("The engine has stopped.")
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._calls.add(result)
         result.add_done_callback(self._calls.discard)
-        if not self._thread.is_alive():
-            raise EngineStoppedError("The engine has stopped.")
         self._commands.put(lambda engine: self._run_call(engine, command, result))
         return await result
 
@@ -198,7 +201,7 @@ class AsyncEngine:
             await self._weights.released()
             self._admission.refuse_if_closed()
         except BaseException:
-            self._admission.finish(request.sampling.n)
+            self._admission.finish(request.sampling.n, request.tenant)
             raise
 
     def _require_engine(self) -> Engine:
@@ -226,20 +229,20 @@ class AsyncEngine:
             mailbox.put(delta.output)
             if delta.output.finish_reason is not None:
                 del self._mailboxes[delta.seq_id]
-                self._admission.finish()
+                self._admission.finish(tenant=mailbox.tenant)
 
     def _fail_one(self, seq_id: str, error: Exception) -> None:
-        """On the loop: a sequence never got into the engine."""
-        self._mailboxes.pop(seq_id).fail(error)
-        self._admission.finish()
+        """On the loop: a sequence gets nothing any more."""
+        mailbox = self._mailboxes.pop(seq_id)
+        mailbox.fail(error)
+        self._admission.finish(tenant=mailbox.tenant)
 
     def _fail_all(self, error: Exception) -> None:
-        """On the loop: no sequence will get anything any more."""
+        """On the loop: none does."""
         self._admission.close(str(error))
-        for mailbox in self._mailboxes.values():
-            mailbox.fail(error)
-        self._admission.finish(len(self._mailboxes))
-        self._mailboxes.clear()
+        self._takes_calls = False
+        for seq_id in list(self._mailboxes):
+            self._fail_one(seq_id, error)
         self._weights.release()
         for call in list(self._calls):
             if not call.done():

@@ -54,6 +54,10 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     """Lower is served earlier, under the priority policy."""
+    tenant: str = ""
+    """Whom the tokens are counted for, under the fair policy."""
+    cache_salt: str = ""
+    """Prefixes are shared among requests with the same one alone."""
     weight_version: str | None = None
     """Weights to run on if the engine still has them, so that requests made together run on the same; None: the
     newest."""

@@ -56,8 +56,8 @@ class EngineConfig:
     """Token budget of one step: bounds how long running streams wait for a prompt's next chunk."""
     max_waiting_requests: int = 512
     """Requests that may wait for a place in a step; beyond it new ones are refused with Retry-After."""
-    policy: Literal["fcfs", "priority"] = "fcfs"
-    """Order of admission and of preemption."""
+    policy: Literal["fcfs", "priority", "fair"] = "fcfs"
+    """Order of admission and of preemption. fair: tenants share tokens, and places to wait; APT's own engine only."""
     block_size: int = 16
     """Tokens per KV-cache block."""
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
@@ -72,6 +72,8 @@ class EngineConfig:
     """Exact number of KV-cache blocks; overrides kv_cache_gib."""
     enable_prefix_caching: bool = True
     """Reuse KV-cache blocks of equal prefixes."""
+    share_prefixes: Literal["all", "tenant"] = "all"
+    """Among whose requests. tenant: nobody can tell from an answer's speed what others have asked."""
     stall_timeout_s: float = 60.0
     """/health fails when requests run and no step has completed for this long."""
 
@@ -128,6 +130,8 @@ class EngineConfig:
         for name in foreign:
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(f"does not apply to engine {self.engine}", field=name)
+        if self.engine == "vllm" and self.policy == "fair":
+            raise ConfigError("vLLM knows fcfs and priority", field="policy")
         if self.engine == "vllm" and self.dtype == "float64":
             raise ConfigError("vLLM does not compute in float64", field="dtype")
 

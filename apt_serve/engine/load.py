@@ -12,19 +12,20 @@ import torch
 
 from apt_core.checkpoint import Checkpoint, open_checkpoint
 from apt_core.errors import ConfigError
-from apt_core.kv_cache import allocate_kv_cache
+from apt_core.kv_cache import allocate_kv_cache, kv_bytes_per_token
 from apt_core.manifest import version_of
 from apt_core.model_config import ModelConfig
 from apt_core.models.joining import join_ranks
 from apt_core.models.sharding import DECODER_PLAN, Shard, check_divisible
 from apt_core.parallel import Communicator
+from apt_core.registry import build_model
 from apt_kernels import ops
 from apt_kernels.cpu import native
 from apt_serve.engine.client import ModelInfo
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.cpus import step_threads
 from apt_serve.engine.executor import Executor
-from apt_serve.engine.kv_memory import kv_memory, num_kv_blocks
+from apt_serve.engine.kv_memory import KVMemory, available_memory, kv_memory, num_kv_blocks
 from apt_serve.engine.model_runner import ModelRunner
 from apt_serve.engine.ranks import Ranks
 from apt_serve.engine.tensor_parallel import TensorParallelExecutor
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MAX_STEPS_IN_FLIGHT = {"cpu": 1, "cuda": 2}
 """A processor computes a step where it launches it."""
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "float8": 1.0, "int4": 0.625}
+"""By precision of linear layers, about; 4 bits have a scale and a minimum for each group."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,40 @@ def load_rank(config: EngineConfig, checkpoint: Checkpoint, communicator: Commun
     )
     served = ServedWeights(checkpoint, config.tokenizer, form, num_weight_bytes(model))
     return LoadedModel(info, runner, num_blocks, served)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeed:
+    """Bytes that a model would take, before anything is loaded."""
+
+    weights: int
+    kv_cache: int
+    available: int
+    """On the device, without either."""
+
+
+def memory_need(config: EngineConfig, checkpoint: Checkpoint) -> MemoryNeed:
+    """What one rank of the native engine would take; of a quantized checkpoint, weights as it stores them.
+
+    Raises:
+        ConfigError: a setting that does not go with the checkpoint or the machine, such as a KV cache that does not fit
+            beside the weights.
+    """
+    device = _device(config)
+    size = config.tensor_parallel_size
+    if size > 1:
+        check_divisible(checkpoint.config, DECODER_PLAN, size)
+    form = WeightForm.of(config, checkpoint.config, device)
+    kv_dtype = _kv_cache_dtype(config, form.dtype)
+    model_config = checkpoint.config if size == 1 else Shard(DECODER_PLAN, 0, size).config(checkpoint.config)
+    num_weights = sum(parameter.numel() for parameter in build_model(model_config).parameters())
+    weights = int(num_weights * BYTES_PER_WEIGHT.get(str(form.precision), form.dtype.itemsize))
+    if checkpoint.is_quantized and form.precision is None:
+        weights = sum(file.path.stat().st_size for file in checkpoint.weight_files) // size
+    available = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    left = KVMemory(max(available - weights, 0), default=None)
+    num_blocks = num_kv_blocks(config, model_config, kv_dtype, _max_model_len(config, checkpoint.config), left)
+    return MemoryNeed(weights, num_blocks * config.block_size * kv_bytes_per_token(model_config, kv_dtype), available)
 
 
 def _load_rank_of(config: EngineConfig, communicator: Communicator) -> Executor[Any]:

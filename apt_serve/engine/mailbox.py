@@ -12,9 +12,10 @@ from apt_serve.engine.client import GenerationOutput
 class Mailbox:
     """Deltas of one request's choices between the engine's thread and their reader. Used on the event loop only."""
 
-    def __init__(self, num_choices: int, weight_version: str = UNPUBLISHED) -> None:
+    def __init__(self, num_choices: int, weight_version: str = UNPUBLISHED, tenant: str = "") -> None:
         self.weight_version = weight_version
         """Of all choices."""
+        self.tenant = tenant
         self._num_unfinished = num_choices
         self._pending: dict[int, GenerationOutput] = {}
         self._error: Exception | None = None

@@ -39,6 +39,8 @@ def make_sequences(request: GenerationRequest, model: ModelInfo, arrival_order: 
             priority=request.priority,
             arrival_time=time.monotonic(),
             arrival_order=arrival_order,
+            tenant=request.tenant,
+            extra_keys=(request.cache_salt,) if request.cache_salt else (),
             weight_version=request.weight_version or model.weight_version,
         )
         for index in range(sampling.n)

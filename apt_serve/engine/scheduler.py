@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from apt_core.errors import InvalidRequestError
 from apt_serve.engine.block_manager import BlockManager
 from apt_serve.engine.executor import num_slots
-from apt_serve.engine.policy import Policy, WaitingQueue
+from apt_serve.engine.policy import Policy
 from apt_serve.engine.sequence import Sequence
 from apt_serve.engine.step import AddedSequence, ScheduledSequence, SequenceOutput, StepInput, StepOutput
 
@@ -85,7 +85,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._num_on: dict[str, int] = {}
         """Sequences on each weight version that has any, the version whose turn comes next first."""
-        self._waiting = WaitingQueue(policy)
+        self._waiting = policy.make_queue()
         self._running: list[Sequence] = []
         """In the policy's order."""
         self._free_slots = list(range(num_slots(max_num_seqs, max_steps_in_flight)))
@@ -211,6 +211,7 @@ class Scheduler:
                 seq.num_in_flight -= 1
                 seq.token_ids.extend(result.token_ids)
                 self._blocks.learn(seq, len(result.token_ids))
+                self._waiting.charge(seq, num_output_tokens=len(result.token_ids))
             results.append((seq, result))
         return results
 
@@ -316,6 +317,7 @@ class Scheduler:
         seq.has_been_scheduled = True
         seq.num_cached_tokens = seq.num_computed_tokens
         self.first_scheduled.append(seq)
+        self._waiting.charge(seq, num_prompt_tokens=seq.num_prompt_tokens - seq.num_cached_tokens)
         if self._blocks.is_looked_up(seq):
             self.num_prefix_cache_queries += seq.num_prompt_tokens
             self.num_prefix_cache_hits += seq.num_cached_tokens

@@ -31,6 +31,8 @@ class Sequence:
     """time.monotonic() at which the request arrived."""
     arrival_order: int = 0
     """Breaks ties of priority and time."""
+    tenant: str = ""
+    """Whom the tokens are counted for, under the fair policy."""
     extra_keys: tuple[str, ...] = ()
     """Part of the prefix-cache key: equal tokens under different extra keys never share blocks."""
     weight_version: str = UNPUBLISHED
@@ -47,6 +49,8 @@ class Sequence:
     """Chained hashes of the leading full blocks of token_ids; computed once each."""
     slot: int = -1
     """Row in the model runner's persistent batch while running; -1 otherwise."""
+    turn: int = 0
+    """When the fair policy first chose it, as a number that grows; 0: not yet."""
     has_been_scheduled: bool = False
     """Whether it ever ran, even if it waits again after a preemption."""
 

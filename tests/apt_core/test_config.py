@@ -175,6 +175,14 @@ def test_flags_override_what_a_file_says() -> None:
     assert flags("--model.policy=priority").model.policy == "priority"
 
 
+@pytest.mark.parametrize("text", ["3e-3", "3E-3", "3.e-3", "0.3e-2", "+30e-4"])
+def test_powers_of_ten_are_numbers(text: str, tmp_path: Path) -> None:
+    assert flags("--model.timeout_s", text).model.timeout_s == 0.003
+    path = tmp_path / "config.yaml"
+    path.write_text(f"timeout_s: {text}")
+    assert load_yaml(path) == {"timeout_s": 0.003}
+
+
 def test_a_flags_bad_value_is_named() -> None:
     with pytest.raises(ConfigError, match=r'^model\.max_num_seqs: must be a valid integer, got "many"$'):
         flags("--model.max_num_seqs=many")

@@ -56,7 +56,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_start_without_anything_takes_the_defaults(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_require_free_port", lambda http: None)
+    monkeypatch.setattr(cli, "require_free_port", lambda http: None)
     assert start() == 0
     assert started == [(ServerConfig(), HttpOptions())]
 

@@ -28,7 +28,7 @@ class ErrorBody(ResponseSchema):
 
     message: str
     type: str
-    """invalid_request_error, server_error, overloaded_error or timeout_error."""
+    """invalid_request_error, rate_limit_error, server_error, overloaded_error or timeout_error."""
     param: str | None
     """The request field at fault, dotted."""
     code: str | None
@@ -118,6 +118,12 @@ class SamplingFields(RequestSchema):
 _SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams) if field.name in SamplingFields.model_fields)
 
 
+CacheSalt = Annotated[
+    str,
+    Field(max_length=512, description="Share cached prefixes with requests of the same salt alone (vLLM)."),
+]
+
+
 class GenerationFields(SamplingFields):
     """What completions and chat completions share besides sampling."""
 
@@ -125,6 +131,7 @@ class GenerationFields(SamplingFields):
     stream: bool | None = Field(None, description="Answer with server-sent events.")
     stream_options: StreamOptions | None = None
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower is served earlier (vLLM).")
+    cache_salt: CacheSalt | None = None
     return_token_ids: bool | None = Field(None, description="Add prompt_token_ids and token_ids (vLLM).")
     user: str | None = Field(None, description="Accepted and ignored.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted and ignored.")

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag
 
 from apt_serve.api.schemas.base import RequestSchema, ResponseSchema
 from apt_serve.api.schemas.chat import ChatTokenLogprob, Messages
-from apt_serve.api.schemas.common import ErrorBody, LogprobCount, SamplingFields, TokenIds, Usage
+from apt_serve.api.schemas.common import CacheSalt, ErrorBody, LogprobCount, SamplingFields, TokenIds, Usage
 from apt_serve.engine.client import FinishReason
 
 GenerationId = Annotated[str, Field(min_length=1, max_length=128)]
@@ -40,6 +40,7 @@ class GenerateMessage(SamplingFields):
     max_tokens: int | None = Field(None, ge=1)
     logprobs: LogprobCount | None = None
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    cache_salt: CacheSalt | None = None
 
 
 class CancelMessage(RequestSchema):
@@ -47,6 +48,13 @@ class CancelMessage(RequestSchema):
 
     type: Literal["cancel"]
     id: GenerationId
+
+
+class AuthenticateMessage(RequestSchema):
+    """Client: its API key or token, first of all messages, where it cannot send a header."""
+
+    type: Literal["authenticate"]
+    token: str = Field(min_length=1, max_length=8192, repr=False)
 
 
 class PongMessage(RequestSchema):
@@ -59,11 +67,12 @@ class PongMessage(RequestSchema):
 ClientMessage = Annotated[
     Annotated[GenerateMessage, Tag("(generate)")]
     | Annotated[CancelMessage, Tag("(cancel)")]
-    | Annotated[PongMessage, Tag("(pong)")],
+    | Annotated[PongMessage, Tag("(pong)")]
+    | Annotated[AuthenticateMessage, Tag("(authenticate)")],
     Discriminator(
         lambda message: f"({message.get('type')})" if isinstance(message, dict) else None,
         custom_error_type="message_type",
-        custom_error_message="A message is a JSON object with a type: generate, cancel or pong",
+        custom_error_message="A message is a JSON object with a type: generate, cancel, pong or authenticate",
     ),
 ]
 

@@ -71,7 +71,7 @@ class LoadedVllm:
 
         arguments = sampling_arguments(seq, self.info.eos_token_ids)
         deltas: AsyncGenerator[RequestOutput, None] = self.llm.generate(
-            tokens_input(list(seq.token_ids)),
+            tokens_input(list(seq.token_ids), cache_salt="".join(seq.extra_keys) or None),
             VllmSamplingParams(**arguments, output_kind=RequestOutputKind.DELTA),
             request_id=seq.seq_id,
             priority=seq.priority if self.uses_priority else 0,

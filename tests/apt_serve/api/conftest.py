@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import pytest
@@ -13,6 +13,7 @@ from apt_serve.api.app import create_app
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.config import ApiConfig, ServerConfig
 from apt_serve.engine.client import Capability
+from apt_serve.records.config import RecordsConfig
 from tests.apt_serve.api.live_server import LiveServer
 from tests.apt_serve.api.scripted_engine import Script, ScriptedEngine
 
@@ -54,12 +55,13 @@ CONFIG = ServerConfig(
 
 
 @pytest.fixture(scope="session")
-def _scripted_server() -> Iterator[ScriptedServer]:
+def _scripted_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
+    config = replace(CONFIG, records=RecordsConfig(folder=str(tmp_path_factory.mktemp("records"))))
     prometheus = PrometheusMetrics("scripted")
     engine = ScriptedEngine(prometheus)
-    with LiveServer(create_app(CONFIG, engine, prometheus)) as server:
+    with LiveServer(create_app(config, engine, prometheus)) as server:
         endpoint = Endpoint(server.base_url, "scripted", engine.capabilities)
-        yield ScriptedServer(endpoint, engine, CONFIG)
+        yield ScriptedServer(endpoint, engine, config)
 
 
 @pytest.fixture

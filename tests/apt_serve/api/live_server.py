@@ -12,7 +12,9 @@ from fastapi import FastAPI
 
 class LiveServer:
     def __init__(self, app: FastAPI) -> None:
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, lifespan="on")
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=5, lifespan="on", proxy_headers=False
+        )
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)

@@ -1,7 +1,9 @@
 """The engine's thread beside the event loop: streams, aborts, overload, faults, shutdown."""
 
 import asyncio
+import gc
 import time
+import weakref
 
 import pytest
 
@@ -232,3 +234,14 @@ async def test_a_model_that_cannot_be_loaded_is_an_error_at_start():
         await engine.start()
     with pytest.raises(EngineStoppedError):
         await collect(engine, max_tokens=1)
+
+
+async def test_a_stopped_engine_that_nobody_holds_gives_its_memory_back():
+    engine = AsyncEngine(EngineConfig(max_model_len=64, num_kv_blocks=8, max_num_seqs=1))
+    await engine.start()
+    await collect(engine, [1, 2, 3], max_tokens=2)
+    await engine.stop()
+    model = weakref.ref(engine._engine)
+    del engine
+    gc.collect()
+    assert model() is None

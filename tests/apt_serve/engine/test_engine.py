@@ -321,3 +321,18 @@ def test_settings_that_do_not_go_with_model_or_machine_are_refused_by_name(setti
     with pytest.raises(ConfigError) as refusal:
         load(EngineConfig(**settings))
     assert refusal.value.field == field
+
+
+def test_prefixes_are_shared_among_requests_of_one_salt_alone():
+    run = Run(tiny_engine(policy="fair"))
+
+    def cached_tokens(salt):
+        request = GenerationRequest("r", PROMPT, SamplingParams(temperature=0, max_tokens=2), cache_salt=salt)
+        (seq,) = run.engine.sequences_of(request)
+        run.outputs[seq.seq_id] = []
+        run.engine.add(seq)
+        run.finish()
+        return run.outputs[seq.seq_id][-1].num_cached_tokens
+
+    assert [cached_tokens(salt) for salt in ("", "a", "b")] == [0, 0, 0]
+    assert min(cached_tokens(salt) for salt in ("", "a", "b")) > 0

@@ -82,7 +82,7 @@ scenarios = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 6),
         "extra_budget": st.integers(0, 20),
         "enable_prefix_caching": st.booleans(),
-        "policy": st.sampled_from(["fcfs", "priority"]),
+        "policy": st.sampled_from(["fcfs", "priority", "fair"]),
     }
 )
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apt_serve.engine.policy import FCFS, Priority, WaitingQueue, make_policy
+from apt_serve.engine.policy import FCFS, Fair, Priority, make_policy
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.engine.sequence import Sequence
+from apt_serve.engine.waiting_queue import RankedQueue
 
 _order = count()
 
@@ -31,7 +32,8 @@ def make_sequence(priority: int = 0, arrival_time: float = 0.0) -> Sequence:
 def test_policies_are_made_by_name() -> None:
     assert isinstance(make_policy("fcfs"), FCFS)
     assert isinstance(make_policy("priority"), Priority)
-    with pytest.raises(ValueError, match=r"'lifo'.*fcfs, priority"):
+    assert isinstance(make_policy("fair"), Fair)
+    with pytest.raises(ValueError, match=r"'lifo'.*fair, fcfs, priority"):
         make_policy("lifo")
 
 
@@ -55,7 +57,7 @@ def test_only_a_strictly_lower_number_displaces() -> None:
 
 
 def test_equal_times_are_told_apart_by_order_of_arrival() -> None:
-    queue = WaitingQueue(FCFS())
+    queue = RankedQueue(FCFS().rank)
     first, second = make_sequence(), make_sequence()
     queue.push(second)
     queue.push(first)
@@ -71,7 +73,7 @@ def test_choices_of_one_request_are_in_their_own_order(name: str) -> None:
 
 
 def test_a_discarded_sequence_is_passed_over() -> None:
-    queue = WaitingQueue(FCFS())
+    queue = RankedQueue(FCFS().rank)
     first, second = make_sequence(), make_sequence()
     queue.push(first)
     queue.push(second)
@@ -83,7 +85,7 @@ def test_a_discarded_sequence_is_passed_over() -> None:
 
 
 def test_a_discarded_sequence_may_come_back() -> None:
-    queue = WaitingQueue(FCFS())
+    queue = RankedQueue(FCFS().rank)
     seq = make_sequence()
     queue.push(seq)
     queue.discard(seq)
@@ -93,7 +95,7 @@ def test_a_discarded_sequence_may_come_back() -> None:
 
 
 def test_leftovers_of_discarded_sequences_stay_bounded() -> None:
-    queue = WaitingQueue(FCFS())
+    queue = RankedQueue(FCFS().rank)
     queue.push(make_sequence(arrival_time=-1.0))  # the front never surfaces, so nothing is cleaned up on the way
     for _ in range(1000):
         seq = make_sequence()
@@ -105,7 +107,7 @@ def test_leftovers_of_discarded_sequences_stay_bounded() -> None:
 @given(st.lists(st.tuples(st.sampled_from(["push", "pop", "discard"]), st.integers(-2, 2), st.integers(0, 3))))
 def test_a_queue_gives_what_sorting_would(actions: list[tuple[str, int, int]]) -> None:
     policy = Priority()
-    queue, expected = WaitingQueue(policy), list[Sequence]()
+    queue, expected = RankedQueue(policy.rank), list[Sequence]()
     for action, priority, time in actions:
         if action == "push":
             expected.append(make_sequence(priority, float(time)))

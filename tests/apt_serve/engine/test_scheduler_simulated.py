@@ -140,7 +140,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         extra_budget=st.integers(0, 12),
         extra_blocks=st.integers(0, 6),
         caching=st.booleans(),
-        policy=st.sampled_from(["fcfs", "priority"]),
+        policy=st.sampled_from(["fcfs", "priority", "fair"]),
         max_steps_in_flight=st.integers(1, 3),
     )
     def build(
@@ -170,7 +170,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),
         max_tokens=st.integers(0, 17),
         priority=st.integers(0, 2),
-        keys=st.sampled_from([(), (), ("adapter",)]),
+        tenant=st.sampled_from(["a", "a", "b", "c"]),
+        keys=st.sampled_from([(), (), ("salt",)]),
         weights=st.sampled_from(["1-a", "1-a", "1-a", "2-b", "3-c"]),
         is_scored=st.booleans(),
         num_choices=st.integers(1, 3),
@@ -180,6 +181,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt: list[int],
         max_tokens: int,
         priority: int,
+        tenant: str,
         keys: tuple[str, ...],
         weights: str,
         is_scored: bool,
@@ -196,6 +198,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 index=index,
                 priority=priority,
                 arrival_order=self.num_added,
+                tenant=tenant,
                 extra_keys=keys,
                 weight_version=weights,
             )

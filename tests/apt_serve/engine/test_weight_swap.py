@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import shutil
+import threading
 import time
 import weakref
 
@@ -288,6 +289,23 @@ async def test_stopping_during_a_swap_ends_it(start, folders):
     await stream.close()
     await asyncio.gather(swap, return_exceptions=True)
     assert engine.swap.is_over
+
+
+async def test_nothing_waits_for_an_engine_whose_thread_has_done_its_last(start):
+    """It may live on for as long as it takes to close the executor."""
+    engine = await start()
+    close, has_closed = engine._engine.close, threading.Event()
+    engine._engine.close = lambda: (has_closed.wait(60), close())
+    stopping = asyncio.create_task(engine.stop())
+    try:
+        while engine._takes_calls:
+            await asyncio.sleep(0.01)
+        assert engine._thread.is_alive()
+        with pytest.raises(EngineStoppedError):
+            await asyncio.wait_for(engine.call(lambda inner: None), 10)
+    finally:
+        has_closed.set()
+        await stopping
 
 
 def edit_config(folder, **changes):

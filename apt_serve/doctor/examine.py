@@ -1,0 +1,23 @@
+"""All checks, in the order in which a start would come upon what they look for."""
+
+from __future__ import annotations
+
+from apt_serve.config import ServerConfig
+from apt_serve.config_file import HttpOptions
+from apt_serve.doctor import engine, environment, stores
+from apt_serve.doctor.finding import Finding
+
+
+def examine(config: ServerConfig, http: HttpOptions) -> list[Finding]:
+    """What a server with these settings would find on this machine."""
+    return [
+        environment.packages(),
+        environment.open_files(config),
+        environment.huge_pages(),
+        environment.cache(),
+        environment.port(http),
+        engine.device(config.model),
+        *engine.model(config.model),
+        stores.records(config.records),
+        *stores.redis_servers(config),
+    ]

@@ -1,0 +1,103 @@
+"""The SQL database of records: SQLite beside the server, or PostgreSQL by URL."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, insert, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from apt_core.errors import AptError
+from apt_serve.records.config import SQLITE_FILE, RecordsConfig
+
+SCHEMA_VERSION = 1
+"""Of all tables together. A change that old servers cannot work with raises it, and says how to migrate."""
+METADATA = MetaData()
+"""Every table of APT's: each lives in the room that uses it."""
+_VERSION = Table("apt_schema", METADATA, Column("version", Integer, primary_key=True, autoincrement=False))
+
+
+class RecordsError(AptError):
+    """The database cannot be used; the message says why."""
+
+
+class Database:
+    """Connections to one database. Opened, and its tables made, at the first use."""
+
+    def __init__(self, config: RecordsConfig) -> None:
+        self._config = config
+        self._engine: AsyncEngine | None = None
+        self._opening = asyncio.Lock()
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything may be kept in it; that of a laptop comes with the first record."""
+        return self._config.url is not None or (self._config.path / SQLITE_FILE).exists()
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction: committed at the end, undone by an exception.
+
+        Raises:
+            RecordsError: its tables are those of a newer APT.
+            sqlalchemy.exc.SQLAlchemyError: it does not answer.
+        """
+        engine = await self._opened()
+        async with engine.begin() as connection:
+            yield connection
+
+    async def close(self) -> None:
+        """Give all connections back."""
+        if self._engine is not None:
+            await self._engine.dispose()
+            self._engine = None
+
+    async def _opened(self) -> AsyncEngine:
+        async with self._opening:
+            if self._engine is None:
+                engine = self._connect()
+                try:
+                    async with engine.begin() as connection:
+                        await connection.run_sync(METADATA.create_all)
+                    await _require_version(engine)
+                except BaseException:
+                    await engine.dispose()
+                    raise
+                self._engine = engine
+            return self._engine
+
+    def _connect(self) -> AsyncEngine:
+        if self._config.url is not None:
+            return create_async_engine(self._config.url, pool_pre_ping=True)
+        self._config.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        engine = create_async_engine(self._config.database_url)
+        _prepare_sqlite(engine.sync_engine)
+        return engine
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    """Let several processes use it: readers beside one writer (WAL), and writers that wait for each other."""
+
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: Any, record: Any) -> None:
+        cursor = connection.cursor()
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "busy_timeout = 10000", "foreign_keys = ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+
+async def _require_version(engine: AsyncEngine) -> None:
+    async with engine.begin() as connection:
+        version = (await connection.execute(select(_VERSION.c.version))).scalar()
+    if version is None:
+        try:
+            async with engine.begin() as connection:
+                await connection.execute(insert(_VERSION).values(version=SCHEMA_VERSION))
+        except IntegrityError:  # another process was first
+            return
+    elif version > SCHEMA_VERSION:
+        raise RecordsError(f"the records are those of a newer APT (schema {version}, this one knows {SCHEMA_VERSION})")
