@@ -29,9 +29,10 @@ def gradients_and_bytes(kind: str) -> tuple[list[torch.Tensor], int]:
 
 
 def living() -> dict[int, int]:
-    """Bytes of the tensors that Python knows, by their place."""
+    """Bytes of the tensors that Python knows, by their place; those that oneDNN has packed for others have none."""
     gc.collect()
-    storages = [each.untyped_storage() for each in gc.get_objects() if type(each) is torch.Tensor]
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.layout is torch.strided]
+    storages = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
