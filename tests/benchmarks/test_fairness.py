@@ -18,7 +18,7 @@ def test_the_wait_under_each_policy_stands_beside_the_bound(
     *_, heads, fcfs, fair = capsys.readouterr().out.splitlines()
     assert heads.split("  ")[-1] == "of bound"
     for name, row in (("fcfs", fcfs), ("fair", fair)):
-        policy, alone, beside, place, step, bound, ratio = row.split()
-        assert policy == name
+        policy, requests, alone, beside, place, step, bound, ratio = row.split()
+        assert (policy, requests) == (name, "3")
         assert float(bound) == pytest.approx(float(alone) + float(place) + 2 * float(step), abs=3)
         assert float(ratio) == pytest.approx(float(beside) / float(bound), rel=0.05)
