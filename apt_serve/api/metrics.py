@@ -117,8 +117,8 @@ class _ClassMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ["model_name", "tenant_class"]
 
-        def histogram(name: str, text: str) -> Histogram:
-            return Histogram(f"apt:{name}", text, labels, buckets=_LONG_BUCKETS, registry=registry)
+        def histogram(name: str, text: str, buckets: Sequence[float] = _LONG_BUCKETS) -> Histogram:
+            return Histogram(f"apt:{name}", text, labels, buckets=buckets, registry=registry)
 
         def counter(name: str, text: str, *more: str) -> Counter:
             return Counter(f"apt:{name}", text, [*labels, *more], registry=registry)
@@ -126,6 +126,10 @@ class _ClassMetrics:
         self._ttft = histogram("request_time_to_first_token_seconds", "HTTP arrival to first token.")
         self._framework = histogram(
             "time_to_first_token_framework_seconds", "Of that, and of the way to the socket, all but the engine's."
+        )
+        self._queue = histogram("queue_time_by_class_seconds", "Arrival at the engine to the first step.")
+        self._per_token = histogram(
+            "time_per_output_token_seconds", "First token to last, by the tokens between.", _LATENCY_BUCKETS
         )
         self._latency = histogram("request_latency_seconds", "HTTP arrival to the end of the answer.")
         self._prompt_tokens = counter("request_prompt_tokens_by_class", "Prompt tokens of requests.")
@@ -146,12 +150,17 @@ class _ClassMetrics:
         self._generated_tokens.labels(*labels).inc(exchange.num_generated_tokens)
         for reason, number in exchange.finish_reasons.items():
             self._choices.labels(*labels, reason).inc(number)
-        if exchange.first_token_at is not None:
+        if exchange.first_token_at is not None and exchange.last_token_at is not None:
             self._ttft.labels(*labels).observe(exchange.first_token_at - exchange.arrived_at)
+            if exchange.num_generated_tokens > 1:
+                seconds = exchange.last_token_at - exchange.first_token_at
+                self._per_token.labels(*labels).observe(seconds / (exchange.num_generated_tokens - 1))
             framework_s = exchange.submitted_at - exchange.arrived_at
             if exchange.is_streamed and exchange.first_byte_at is not None:
                 framework_s += exchange.first_byte_at - exchange.first_token_at
             self._framework.labels(*labels).observe(framework_s)
+        if exchange.scheduled_at is not None:
+            self._queue.labels(*labels).observe(exchange.scheduled_at - exchange.submitted_at)
 
 
 class _EngineGauges(Collector):

@@ -141,8 +141,11 @@ def submitted(caller: Identity, job: Job) -> Exchange | None:
 
 def advanced(exchange: Exchange, batch: list[ChoiceDelta]) -> None:
     """Note what has come of a job."""
+    exchange.last_token_at = time.monotonic()
     if exchange.first_token_at is None:
-        exchange.first_token_at = time.monotonic()
+        exchange.first_token_at = exchange.last_token_at
+        if exchange.submitted_at is not None:
+            exchange.scheduled_at = exchange.submitted_at + min(delta.output.queue_s for delta in batch)
     for delta in batch:
         exchange.num_generated_tokens += len(delta.output.token_ids)
         if delta.output.finish_reason is not None:

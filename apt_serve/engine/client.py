@@ -103,6 +103,8 @@ class GenerationOutput:
     """On the first delta of choice 0 if asked for: one per prompt token; the first token has None."""
     weight_version: str = UNPUBLISHED
     """Of the weights that all tokens of the choice come from."""
+    queue_s: float = 0.0
+    """From the request's arrival at the engine to the choice's first step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,8 @@ class Engine:
 
     def _launch(self, step: StepInput) -> None:
         launched = _StepInFlight(step, time.monotonic(), self._scheduler.first_scheduled)
+        for seq in launched.newcomers:
+            seq.queue_s = launched.launched_at - seq.arrival_time
         self._in_flight.append(launched)
         launched.handle = self._executor.launch(step)
 

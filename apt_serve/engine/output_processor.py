@@ -157,4 +157,5 @@ def _make_output(
         num_cached_tokens=seq.num_cached_tokens,
         prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
         weight_version=seq.weight_version,
+        queue_s=seq.queue_s,
     )

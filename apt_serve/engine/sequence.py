@@ -53,6 +53,8 @@ class Sequence:
     """When the fair policy first chose it, as a number that grows; 0: not yet."""
     has_been_scheduled: bool = False
     """Whether it ever ran, even if it waits again after a preemption."""
+    queue_s: float = 0.0
+    """From its arrival to its first step."""
 
     @property
     def num_tokens(self) -> int:

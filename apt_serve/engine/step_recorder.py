@@ -51,7 +51,7 @@ class StepRecorder:
                 num_preemptions=scheduler.num_preemptions - self._num_preemptions,
                 inter_token_latencies_s=tuple(times.token_gaps_s),
                 times_to_first_token_s=tuple(times.first_token_waits_s),
-                queue_times_s=tuple(launched_at - seq.arrival_time for seq in newcomers),
+                queue_times_s=tuple(seq.queue_s for seq in newcomers),
                 prefix_cache_queries=scheduler.num_prefix_cache_queries - self._cache_queries,
                 prefix_cache_hits=scheduler.num_prefix_cache_hits - self._cache_hits,
             )

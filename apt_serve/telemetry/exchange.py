@@ -27,7 +27,10 @@ class Exchange:
     arrived_at: float = field(default_factory=time.monotonic)
     submitted_at: float | None = None
     """When the engine was asked, once the limits allowed it."""
+    scheduled_at: float | None = None
+    """When the engine's first step for it began, as far as its first token tells."""
     first_token_at: float | None = None
+    last_token_at: float | None = None
     first_byte_at: float | None = None
     """When the first bytes of the answer's body were handed to the server's socket."""
     is_streamed: bool = False

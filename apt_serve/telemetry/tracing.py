@@ -1,7 +1,7 @@
 """OpenTelemetry traces. Imported, and the SDK with it, by a server that sends traces alone.
 
-Spans are named after what the server knows of a request: ``admission`` (reading, access, limits), ``first_token``
-(the engine's queue and prefill) and ``decode``. The caller's traceparent (W3C Trace Context) is continued.
+Spans are named after what the server knows of a request: ``admission`` (reading, access, limits), ``queue`` (until the
+engine's first step for it), ``prefill`` and ``decode``. The caller's traceparent (W3C Trace Context) is continued.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from apt_serve.telemetry.config import TelemetryConfig
 from apt_serve.telemetry.exchange import Exchange
 
 _EXPORT_TIMEOUT_S = 5
+_PARTS = ("admission", "queue", "prefill", "decode")
+"""Of an exchange, one after the other."""
 
 
 class Tracing:
@@ -63,9 +65,15 @@ class Tracing:
         span.set_attributes(_attributes(exchange))
         if exchange.status >= 500:
             span.set_status(StatusCode.ERROR)
-        moments = [exchange.arrived_at, exchange.submitted_at, exchange.first_token_at, ended_at]
+        moments = [
+            exchange.arrived_at,
+            exchange.submitted_at,
+            exchange.scheduled_at,
+            exchange.first_token_at,
+            ended_at,
+        ]
         context = set_span_in_context(span)
-        for name, begin, end in zip(("admission", "first_token", "decode"), moments, moments[1:], strict=False):
+        for name, begin, end in zip(_PARTS, moments, moments[1:], strict=False):
             if begin is not None and exchange.submitted_at is not None:
                 child = self._tracer.start_span(name, context=context, start_time=_unix_ns(begin))
                 child.end(_unix_ns(ended_at if end is None else end))

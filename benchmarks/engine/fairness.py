@@ -164,14 +164,8 @@ def main() -> None:
         slot = p95([later - earlier for earlier, later in pairwise(beside.ended_at)])
         bound = p95(alone.ttft_s) + slot + 2 * p95(beside.step_s)
         cells = [p95(alone.ttft_s), p95(beside.ttft_s), slot, p95(beside.step_s), bound]
-        rows.append(
-            [
-                policy,
-                len(beside.ttft_s),
-                *(f"{1000 * seconds:.0f}" for seconds in cells),
-                f"{p95(beside.ttft_s) / bound:.2f}",
-            ]
-        )
+        ratio = p95(beside.ttft_s) / bound
+        rows.append([policy, str(len(beside.ttft_s)), *(f"{1000 * each:.0f}" for each in cells), f"{ratio:.2f}"])
     heads = ["p95, ms", "requests", "TTFT alone", "TTFT beside", "one place", "a step", "bound", "of bound"]
     print_table(heads, rows)
 

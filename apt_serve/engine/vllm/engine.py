@@ -189,10 +189,12 @@ class VllmEngine:
 
     def _deltas(self, outputs: OutputProcessor, seq: Sequence, output: RequestOutput) -> list[GenerationOutput]:
         """What a delta of vLLM's is for the choice's reader."""
+        if seq.num_output_tokens == 0 and output.metrics is not None:
+            seq.queue_s = max(output.metrics.scheduled_ts - output.metrics.queued_ts, 0.0)
         delta = outputs.process(seq, sequence_output(seq, output))
         deltas = [] if delta is None else [delta]
         if delta is not None:
-            self._recorder.advance(seq, len(delta.token_ids), output)
+            self._recorder.advance(seq, len(delta.token_ids))
             seq.token_ids.extend(delta.token_ids)
         reason = finish_reason(output)
         if reason is not None and seq.seq_id in outputs:  # for a reason that only vLLM knows

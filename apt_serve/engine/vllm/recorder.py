@@ -13,7 +13,6 @@ from apt_serve.engine.step_recorder import finish_record
 from apt_serve.engine.token_clock import TokenClock
 
 if TYPE_CHECKING:
-    from vllm.outputs import RequestOutput
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 
@@ -51,12 +50,11 @@ class VllmRecorder:
         self._has_begun = True
         self.progress_at = time.monotonic()
 
-    def advance(self, seq: Sequence, num_tokens: int, output: RequestOutput) -> None:
+    def advance(self, seq: Sequence, num_tokens: int) -> None:
         """A delta has come for a sequence; ``seq`` does not contain its tokens yet."""
         if seq.num_output_tokens == 0:
             self._num_prompt_tokens += seq.num_prompt_tokens if seq.index == 0 else 0
-            if output.metrics is not None:
-                self._queue_times_s.append(max(output.metrics.scheduled_ts - output.metrics.queued_ts, 0.0))
+            self._queue_times_s.append(seq.queue_s)
         self._clock.advance(seq, num_tokens)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:

@@ -87,13 +87,13 @@ def test_traces_continue_the_callers_and_hold_no_prompt(tmp_path: Path, collecto
             while json.loads(socket.recv(timeout=30))["type"] != "finish":
                 pass
     spans = {span.name: span for span in collector.spans if span.trace_id.hex() == PARENT.split("-")[1]}
-    assert set(spans) == {"POST /v1/completions", "admission", "first_token", "decode"}
+    assert set(spans) == {"POST /v1/completions", "admission", "queue", "prefill", "decode"}
     root = spans.pop("POST /v1/completions")
     assert root.parent_span_id.hex() == PARENT.split("-")[2]
     assert answer.headers["traceparent"].split("-")[1:3] == [root.trace_id.hex(), root.span_id.hex()]
     assert all(span.parent_span_id == root.span_id for span in spans.values())
     order = [root.start_time_unix_nano]
-    for name in ("admission", "first_token", "decode"):
+    for name in ("admission", "queue", "prefill", "decode"):
         order += [spans[name].start_time_unix_nano, spans[name].end_time_unix_nano]
     assert all(a <= b + 1_000_000 for a, b in pairwise(order))
     attributes = {a.key: a.value for a in root.attributes}
@@ -147,6 +147,7 @@ def test_requests_are_counted_once_and_by_class(tmp_path: Path) -> None:
     assert value("request_generation_tokens_by_class_total") == 15
     assert value("request_choices_total", finished_reason="length") == 3
     assert value("request_time_to_first_token_seconds_count") == 2
+    assert value("queue_time_by_class_seconds_count") == value("time_per_output_token_seconds_count") == 2
     total, framework = (value(f"{name}_seconds_sum") for name in ("request_latency", "time_to_first_token_framework"))
     assert total is not None and framework is not None and 0 < framework < total
 
