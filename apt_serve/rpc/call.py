@@ -18,6 +18,7 @@ from apt_serve.api.address_limit import AddressLimit
 from apt_serve.api.errors import CLIENT_CLOSED_REQUEST, ApiError
 from apt_serve.api.state import ApiState
 from apt_serve.rpc.errors import Metadata, Status, as_status
+from apt_serve.rpc.register import Undecodable
 from apt_serve.telemetry.exchange import Exchange
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ class Calls:
     async def run(
         self,
         route: str,
-        request: Message,
+        request: Message | Undecodable,
         context: Context,
         handle: Callable[[Call], Awaitable[T]],
         names: Mapping[str, str] | None = None,
@@ -121,7 +122,7 @@ class Calls:
 
         Args:
             route: the method's full name.
-            request: its message.
+            request: its message; handle is asked only if it is one.
             context: of the transport.
             handle: its errors become the call's status.
             names: what the message calls the fields that errors may name.
@@ -145,7 +146,9 @@ class Calls:
             exchange.status = 200
             return answer
 
-    async def _admit(self, request: Message, context: Context, metadata: Mapping[str, str], offered: str) -> Identity:
+    async def _admit(
+        self, request: Message | Undecodable, context: Context, metadata: Mapping[str, str], offered: str
+    ) -> Identity:
         """Whom a call is from, if it may be handled at all.
 
         Raises:
@@ -162,6 +165,8 @@ class Calls:
         is_one = len(shown) == 1 and isinstance(shown[0], str)
         caller = await self._state.access.authenticate(shown[0] if is_one else None)
         require_scope(caller, Scope.INFERENCE)
+        if isinstance(request, Undecodable):
+            raise ApiError(400, f"The bytes are no such message: {request.problem}", code="invalid_message")
         max_bytes = self._state.config.api.max_body_bytes
         if request.ByteSize() > max_bytes:  # where the transport's own limit is another
             raise ApiError(413, f"The message is larger than {max_bytes} bytes.", code="request_too_large")

@@ -17,8 +17,6 @@ WATCH_S: Final = 0.5
 _SERVICES: Final = ("", SERVICE)
 """Names to ask for; empty: the server."""
 
-Status = HealthCheckResponse.ServingStatus.ValueType
-
 
 class HealthService:
     """Open to everybody, as /health and /ready are."""
@@ -28,7 +26,7 @@ class HealthService:
 
     async def Check(self, request: HealthCheckRequest, context: Context) -> HealthCheckResponse:
         """The state now; NOT_FOUND for a service that is none."""
-        if request.service not in _SERVICES:
+        if getattr(request, "service", None) not in _SERVICES:  # it may be an Undecodable
             context.set_code(StatusCode.NOT_FOUND)
             context.set_details("unknown service")
             return HealthCheckResponse()
@@ -40,8 +38,8 @@ class HealthService:
 
     async def Watch(self, request: HealthCheckRequest, context: WritingContext) -> None:
         """The state now and each time it changes, until the server stops."""
-        is_known = request.service in _SERVICES
-        told: Status | None = None
+        is_known = getattr(request, "service", None) in _SERVICES
+        told: int | None = None
         while True:
             is_last = self._state.phase is Phase.STOPPING
             status = self._status() if is_known else HealthCheckResponse.SERVICE_UNKNOWN
@@ -52,9 +50,10 @@ class HealthService:
                 return
             await asyncio.sleep(WATCH_S)
 
-    def _status(self) -> Status:
+    def _status(self) -> int:
+        serving: int = HealthCheckResponse.SERVING
+        not_serving: int = HealthCheckResponse.NOT_SERVING
         if self._state.phase is not Phase.READY:
-            return HealthCheckResponse.NOT_SERVING
+            return not_serving
         stats = self._state.engine.stats()
-        is_serving = stats.is_alive and not stats.is_stalled
-        return HealthCheckResponse.SERVING if is_serving else HealthCheckResponse.NOT_SERVING
+        return serving if stats.is_alive and not stats.is_stalled else not_serving
