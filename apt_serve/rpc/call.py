@@ -44,8 +44,8 @@ class Context(Protocol):
     def set_details(self, details: str) -> None:
         """Its message."""
 
-    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-        """What is sent with the status, pairs of name and value; all at once."""
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
+        """What is sent with the status, all at once. A list, which Serve adds its own to."""
 
 
 class WritingContext(Context, Protocol):
@@ -83,7 +83,7 @@ class Call:
             trailers.append(("traceparent", self.exchange.traceparent))
         given = dict(more)
         trailers += [(name.lower(), value) for name, value in self.limits.items() if name.lower() not in given]
-        self._context.set_trailing_metadata(tuple(trailers) + tuple(given.items()))
+        self._context.set_trailing_metadata([*trailers, *given.items()])
 
     def fail(self, status: Status) -> None:
         """End with an error."""

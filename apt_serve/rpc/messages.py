@@ -11,6 +11,7 @@ from grpc import StatusCode
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from apt_serve.rpc.call import Context, WritingContext
+from apt_serve.rpc.errors import Metadata
 from apt_serve.rpc.inference_pb2 import ChatRequest, GenerateRequest, Generation
 from apt_serve.rpc.services import Services
 
@@ -74,9 +75,8 @@ class _Outbox:
     def set_details(self, details: str) -> None:
         self._context.set_details(details)
 
-    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-        # Serve puts its own before these, and wants a list.
-        self._context.set_trailing_metadata(list(trailing_metadata))
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
+        self._context.set_trailing_metadata(trailing_metadata)
 
     async def write(self, message: Any) -> None:
         """Returns when the message before was sent on: a slow client makes the engine merge its deltas."""

@@ -70,15 +70,13 @@ class LiveGrpc:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
 
-def trailers(call: grpc.RpcError | grpc.Call) -> dict[str, str | bytes]:
-    assert isinstance(call, grpc.Call)
+def trailers(call: Any) -> dict[str, Any]:
     return {name: value for name, value in call.trailing_metadata() or ()}
 
 
-def details(error: grpc.RpcError) -> tuple[str, str | None, int | None]:
+def details(error: Any) -> tuple[str, str | None, int | None]:
     """Reason, field and seconds to wait, out of google.rpc's details."""
-    status = status_pb2.Status.FromString(trailers(error)[DETAILS_KEY])  # type: ignore[arg-type]
-    assert isinstance(error, grpc.Call)
+    status = status_pb2.Status.FromString(trailers(error)[DETAILS_KEY])
     assert status.code == error.code().value[0]
     assert status.message == error.details()
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()

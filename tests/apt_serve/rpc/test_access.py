@@ -11,6 +11,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from prometheus_client import CollectorRegistry
@@ -51,7 +53,7 @@ def bearer(token: str) -> Metadata:
 def _guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGrpc]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TEST_TOKEN_SECRET", SECRET)
-        keys = {"main": TokenKey("HS256", secret_variable="TEST_TOKEN_SECRET")}
+        keys = {"shared": TokenKey("HS256", secret_variable="TEST_TOKEN_SECRET")}
         tokens = TokenConfig(issuer=ISSUER, audience=AUDIENCE, keys=keys)
         access = AccessConfig(enabled=True, cache_s=0.1, revocation_poll_s=0.1, tokens=tokens)
         records = RecordsConfig(folder=str(tmp_path_factory.mktemp("records")))
@@ -69,7 +71,7 @@ def guarded(_guarded: LiveGrpc) -> LiveGrpc:
 
 def key(live: LiveGrpc, owner: str = "alice", **grant: object) -> str:
     made, _ = live.do(live.state.access.create_key(KeyGrant(owner=owner, name=str(time.time()), **grant)))  # type: ignore[arg-type]
-    return made.reveal()
+    return made.text
 
 
 STRANGERS: list[Metadata] = [
@@ -194,8 +196,6 @@ def test_health_and_reflection_are_open_to_everybody(guarded: LiveGrpc) -> None:
 
 
 def test_a_client_can_be_made_from_reflection_alone(guarded: LiveGrpc) -> None:
-    from google.protobuf.descriptor_pool import DescriptorPool
-    from google.protobuf.message_factory import GetMessageClass
 
     pool = DescriptorPool(ProtoReflectionDescriptorDatabase(guarded.channel))
     method = pool.FindServiceByName("apt.v1.Inference").FindMethodByName("ListModels")
@@ -252,7 +252,7 @@ def test_a_limit_that_is_reached(tmp_path: Path, way: str) -> None:
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         reason, _, seconds = details(caught.value)
         assert reason == "RATE_LIMIT_EXCEEDED"
-        assert seconds is not None and 0 < seconds <= 60
+        assert seconds is not None and 0 < seconds <= 61
         said = trailers(caught.value)
         assert said["retry-after"] == str(seconds)
         assert said["x-ratelimit-remaining-requests"] == "0"
@@ -315,7 +315,7 @@ def test_calls_are_counted_by_tenant_class_and_logged(tmp_path: Path) -> None:
     assert value(registry, "apt:http_requests_total", route=route, status="401", **nobody) == 1
     assert value(registry, "apt:request_generation_tokens_by_class_total", tenant_class="gold") == 6
     assert value(registry, "apt:request_time_to_first_token_seconds_count", tenant_class="gold") == 2
-    assert value(registry, "apt:request_rejected_total", reason="invalid_api_key") == 1
+    assert value(registry, "apt:requests_rejected_total", reason="invalid_api_key") == 1
     lines = [json.loads(line) for line in log.getvalue().splitlines()]
     assert [line["status"] for line in lines] == [200, 200, 400, 401]
     first = lines[0]

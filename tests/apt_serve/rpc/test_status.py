@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from apt_core.errors import ConfigError
 from apt_serve.config import ApiConfig, ServerConfig
 from apt_serve.records.config import RecordsConfig
 from apt_serve.rpc.inference_pb2 import (
@@ -22,6 +23,8 @@ from apt_serve.rpc.inference_pb2 import (
     Message,
     Sampling,
 )
+from apt_serve.rpc.inference_pb2_grpc import InferenceStub
+from apt_serve.rpc.listen import listening
 from tests.apt_serve.api.conftest import CONFIG
 from tests.apt_serve.api.live_server import wait_until
 from tests.apt_serve.rpc.live_grpc import LiveGrpc, details, trailers
@@ -88,10 +91,10 @@ def test_tokens_before_a_failure_are_kept(live: LiveGrpc) -> None:
     live.engine.script.token_delay_s = 0.005
     seen: list[Generation] = []
     with pytest.raises(grpc.RpcError) as caught:
-        seen.extend(live.stub.GenerateStream(long()))
         for message in live.stub.GenerateStream(long()):
             seen.append(message)
     assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert seen and not seen[-1].choices[0].finish_reason
 
 
 def test_the_servers_own_time_limit(tmp_path: Path) -> None:
@@ -132,7 +135,6 @@ def test_a_call_that_is_cancelled_aborts_in_the_engine(live: LiveGrpc, way: str,
 
 def test_a_connection_that_breaks_aborts_all_its_calls(live: LiveGrpc) -> None:
     live.engine.script.token_delay_s = 0.005
-    from apt_serve.rpc.inference_pb2_grpc import InferenceStub
 
     channel = grpc.insecure_channel(live.address, options=[("grpc.use_local_subchannel_pool", 1)])
     streams = [InferenceStub(channel).GenerateStream(long()) for _ in range(8)]
@@ -150,8 +152,6 @@ def test_a_reader_that_stops_slows_nobody_and_is_given_up(tmp_path: Path) -> Non
     with LiveGrpc(ServerConfig(api=api, records=RecordsConfig(folder=str(tmp_path)))) as live:
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.lookahead_bytes", 1024)]
         with grpc.insecure_channel(live.address, options=options) as channel:
-            from apt_serve.rpc.inference_pb2_grpc import InferenceStub
-
             stub = InferenceStub(channel)
             sampling = Sampling(max_tokens=3900, temperature=0, logprobs=20, n=16)
             live.engine.script.token_delay_s = 0.001
@@ -264,8 +264,6 @@ def test_calls_beyond_what_is_bounded_are_refused(tmp_path: Path, monkeypatch: p
 
 
 def test_two_servers_do_not_share_a_port(live: LiveGrpc, tmp_path: Path) -> None:
-    from apt_core.errors import ConfigError
-    from apt_serve.rpc.listen import listening
 
     host, port = live.address.split(":")
 
