@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from apt_core.errors import ConfigError
 from apt_kernels.cache import cache_folder
 from apt_serve.config import ServerConfig
-from apt_serve.config_file import GrpcOptions, HttpOptions
+from apt_serve.config_file import NO_GRPC, GrpcOptions, HttpOptions
 from apt_serve.doctor.finding import Finding, ok, problem, warning
 from apt_serve.ports import require_free_port
 
@@ -80,7 +80,7 @@ def _normal(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-def port(http: HttpOptions, grpc: GrpcOptions) -> Finding:
+def port(http: HttpOptions, grpc: GrpcOptions = NO_GRPC) -> Finding:
     """Whether the server can listen."""
     try:
         require_free_port(http, grpc)
