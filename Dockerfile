@@ -73,7 +73,7 @@ ENV PATH=/opt/apt/bin:$PATH \
 VOLUME ["/var/lib/apt-serve", "/var/cache/apt-serve"]
 USER 10001:10001
 WORKDIR /var/lib/apt-serve
-EXPOSE 8000
+EXPOSE 8000 9000
 # Running requests finish within api.shutdown_grace_s: give the container longer than that before it is killed.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \

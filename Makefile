@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-gpu install lint types imports check bench bench-gpu bench-peers vllm-env test-vllm \
-    test-faults load image clean
+    test-faults load image proto clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -94,6 +94,11 @@ load: install ## Load a server of its own with Locust, and report with plots int
 
 image: ## Build the container image with docker, or with what DOCKER names; deploy/image.sh needs neither.
 	@$(or $(DOCKER),docker) build -t apt --build-arg REVISION=$$(git rev-parse HEAD) $(ARGS) .
+
+proto: install ## Generate the Python modules of apt_serve/rpc/inference.proto again.
+	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
+	    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --mypy_out=. \
+	    --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc --mypy_grpc_out=. apt_serve/rpc/inference.proto
 
 bench-gpu: ## Measure a GPU into OUT, by PYTHON as test-gpu; PART="tune kernels engine" chooses parts.
 	@TRITON_INTERPRET=0 PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --out $(OUT) $(if $(PART),--parts $(PART)) $(ARGS)

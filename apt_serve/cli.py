@@ -24,7 +24,7 @@ from apt_core.errors import AptError, ConfigError, InvalidRequestError
 from apt_serve.access.identity import Scope
 from apt_serve.access.keys import read_pepper
 from apt_serve.config import ServerConfig
-from apt_serve.config_file import ConfigFile, HttpOptions, default_config_file, read_config_file
+from apt_serve.config_file import ConfigFile, GrpcOptions, HttpOptions, default_config_file, read_config_file
 from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.ports import require_free_port
@@ -36,7 +36,10 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # uvicorn, which Ray's proxy runs on, would believe any client on this machine who it says it is, in a header.
     "FORWARDED_ALLOW_IPS": "",
+    # gRPC messages that Serve's proxy reads before a replica can refuse them; by itself it takes two GiB.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 1024 * 1024),
 }
+_ALL_ADDRESSES = ("0.0.0.0", "::")
 USAGE_ERROR = 2
 
 
@@ -111,6 +114,7 @@ def _add_server_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="settings, such as deploy/config.yaml; flags go before it")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
+    parser.add_argument("--grpc-port", type=int, metavar="PORT", help="port for gRPC; docs/grpc.md (default: no gRPC)")
     add_flags(parser, ServerConfig)
 
 
@@ -154,7 +158,7 @@ def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_worker(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     worker = commands.add_parser("worker", help="run batches and jobs that Redis hands out", allow_abbrev=False)
-    worker.set_defaults(command=_worker, source=None, host=None, port=None)
+    worker.set_defaults(command=_worker, source=None, host=None, port=None, grpc_port=None)
     worker.add_argument("--config", metavar="FILE", help="the server's settings; flags go before it")
     add_flags(worker, ServerConfig)
 
@@ -167,8 +171,13 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _start(options: argparse.Namespace) -> int:
-    config, http = _server_settings(options)
-    require_free_port(http)
+    config, http, grpc = _server_settings(options)
+    if grpc.is_on and options.runner == "ray" and http.host not in _ALL_ADDRESSES:
+        problem = (
+            "Ray Serve listens for gRPC on all addresses: say --host 0.0.0.0 if that is meant, or --runner uvicorn"
+        )
+        raise ConfigError(problem, field="grpc_port")
+    require_free_port(http, grpc)
     began = time.monotonic()
 
     def on_ready() -> None:
@@ -177,27 +186,27 @@ def _start(options: argparse.Namespace) -> int:
     if options.runner == "uvicorn":
         from apt_serve import standalone
 
-        standalone.run(config, http, on_ready)
+        standalone.run(config, http, on_ready, grpc)
         return 0
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from apt_serve import deployment
 
-    deployment.run(config, http, on_ready)
+    deployment.run(config, http, on_ready, grpc)
     return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    config, http = _server_settings(options)
+    config, http, grpc = _server_settings(options)
     from apt_serve.doctor.examine import examine
     from apt_serve.doctor.finding import as_json, as_text, has_problems
 
-    findings = examine(config, http)
+    findings = examine(config, http, grpc)
     print(as_json(findings) if options.json else as_text(findings))
     return 1 if has_problems(findings) else 0
 
 
-def _server_settings(options: argparse.Namespace) -> tuple[ServerConfig, HttpOptions]:
+def _server_settings(options: argparse.Namespace) -> tuple[ServerConfig, HttpOptions, GrpcOptions]:
     """The file's settings with the flags' in their place."""
     file = _in_file(options.config) if options.config else default_config_file()
     overrides = overrides_from(options, ServerConfig)
@@ -205,7 +214,8 @@ def _server_settings(options: argparse.Namespace) -> tuple[ServerConfig, HttpOpt
         overrides["model.source"] = options.source
     config = parse(ServerConfig, apply_overrides(ServerConfig, file.args, overrides))
     given = {name: getattr(options, name) for name in ("host", "port") if getattr(options, name) is not None}
-    return config, replace(file.http_options, **given)
+    grpc = file.grpc_options if options.grpc_port is None else file.grpc_options.at(options.grpc_port)
+    return config, replace(file.http_options, **given), grpc
 
 
 def _in_file(path: str) -> ConfigFile:
@@ -273,7 +283,7 @@ def _keys(options: argparse.Namespace) -> int:
 
 
 def _worker(options: argparse.Namespace) -> int:
-    config, _ = _server_settings(options)
+    config, _, _ = _server_settings(options)
     if config.jobs.redis_url is None:
         raise ConfigError("without Redis the server runs its jobs by itself", field="jobs.redis_url")
     from apt_serve.jobs.remote_worker import RemoteWorker

@@ -39,7 +39,7 @@ class ApiConfig:
     websocket_window_bytes: int = 1024 * 1024
     """Bytes sent on a socket beyond those its client has acknowledged; then the server waits for a pong."""
     websocket_patience_s: float = 30.0
-    """A socket whose client reads nothing for this long while the server has something to send is closed."""
+    """A socket or gRPC call whose client reads nothing for this long while there is something to send is closed."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

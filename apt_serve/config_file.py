@@ -33,6 +33,35 @@ class HttpOptions:
 
 
 @dataclass(frozen=True)
+class GrpcOptions:
+    """Where the server listens for gRPC, if it does; see docs/grpc.md."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    port: int = 9000
+    """Port to listen on: at the address of http_options without Ray; Ray Serve listens on all addresses."""
+    grpc_servicer_functions: tuple[Literal["apt_serve.rpc.register.add_services"], ...] = ()
+    """What is served; none: gRPC is off."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise ConfigError(f"must be between 1 and 65535, got {self.port}", field="port")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is gRPC."""
+        return bool(self.grpc_servicer_functions)
+
+    def at(self, port: int) -> GrpcOptions:
+        """On, at a port."""
+        return GrpcOptions(port, ("apt_serve.rpc.register.add_services",))
+
+
+NO_GRPC = GrpcOptions()
+"""gRPC is off."""
+
+
+@dataclass(frozen=True)
 class Application:
     """One entry of Ray Serve's list of applications."""
 
@@ -54,6 +83,7 @@ class ConfigFile:
     applications: tuple[Application, ...]
     proxy_location: Literal["EveryNode", "HeadOnly"] = "HeadOnly"
     http_options: HttpOptions = field(default_factory=HttpOptions)
+    grpc_options: GrpcOptions = field(default=NO_GRPC)
 
     def __post_init__(self) -> None:
         if len(self.applications) != 1:

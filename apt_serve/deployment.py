@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ray import serve
 from apt_core.config import parse
 from apt_core.errors import AptError
 from apt_serve.config import ServerConfig
-from apt_serve.config_file import HttpOptions
+from apt_serve.config_file import NO_GRPC, GrpcOptions, HttpOptions
 from apt_serve.engine.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from apt_serve.api.handover import ReplicaWeights
     from apt_serve.engine.handover import SwapOrder
+    from apt_serve.rpc.messages import ServeServices
     from apt_serve.server import Server
 
 APPLICATION = "apt"
@@ -55,9 +57,11 @@ class Replica:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._server: Server | None = None
+        self._services: ServeServices | None = None
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, after the constructor."""
+        from apt_serve.rpc.messages import ServeServices
         from apt_serve.server import Server, log_to_stderr
 
         log_to_stderr()
@@ -65,10 +69,53 @@ class Replica:
         os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         context = serve.get_replica_context()
         fleet = ServeFleet(context.deployment, context.app_name)
-        server = Server(self._config, is_behind_serve=True, fleet=fleet)
+        server = Server(self._config, is_behind_serve=True, fleet=fleet, cancel=fleet.cancel)
         await server.start()
-        self._server = server
+        self._server, self._services = server, ServeServices(server.rpc)
         return server.app
+
+    async def Generate(self, request: Any, grpc_context: Any) -> Any:
+        """These are called by Serve's gRPC proxy; see apt_serve/rpc/inference.proto."""
+        return await self._rpc.Generate(request, grpc_context)
+
+    async def GenerateStream(self, request: Any, grpc_context: Any) -> AsyncGenerator[Any, None]:
+        """See Generate."""
+        async with aclosing(self._rpc.GenerateStream(request, grpc_context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Chat(self, request: Any, grpc_context: Any) -> AsyncGenerator[Any, None]:
+        """See Generate."""
+        async with aclosing(self._rpc.Chat(request, grpc_context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def ListModels(self, request: Any, grpc_context: Any) -> Any:
+        """See Generate."""
+        return await self._rpc.ListModels(request, grpc_context)
+
+    async def Cancel(self, request: Any, grpc_context: Any) -> Any:
+        """See Generate."""
+        return await self._rpc.Cancel(request, grpc_context)
+
+    async def Check(self, request: Any, grpc_context: Any) -> Any:
+        """Of grpc.health.v1.Health."""
+        return await self._rpc.Check(request, grpc_context)
+
+    async def List(self, request: Any, grpc_context: Any) -> Any:
+        """Of grpc.health.v1.Health."""
+        return await self._rpc.List(request, grpc_context)
+
+    async def Watch(self, request: Any, grpc_context: Any) -> AsyncGenerator[Any, None]:
+        """Of grpc.health.v1.Health."""
+        async with aclosing(self._rpc.Watch(request, grpc_context)) as messages:
+            async for message in messages:
+                yield message
+
+    @property
+    def _rpc(self) -> ServeServices:
+        assert self._services
+        return self._services
 
     async def check_health(self) -> None:
         """Called by Serve every few seconds; raising gets this replica replaced."""
@@ -85,6 +132,11 @@ class Replica:
         """What this replica says of its weights."""
         assert self._server
         return self._server.handover.weights_here()
+
+    async def cancel_here(self, owner: str, request_id: str) -> bool:
+        """End a generation of gRPC's, if it runs on this replica; called on every one."""
+        assert self._server
+        return self._server.rpc.running.cancel(owner, request_id)
 
     async def drain(self) -> None:
         """Refuse new requests; return when running ones have finished or the grace period is over."""
@@ -106,7 +158,11 @@ class ServeFleet:
         """See Fleet."""
         return await self._ask("weights")
 
-    async def _ask(self, method: str, *args: object) -> list[ReplicaWeights]:
+    async def cancel(self, owner: str, request_id: str) -> bool:
+        """End a generation of gRPC's, whichever replica runs it."""
+        return any(await self._ask("cancel_here", owner, request_id))
+
+    async def _ask(self, method: str, *args: object) -> list[Any]:
         answers = serve.get_deployment_handle(*self._names).broadcast(method, *args)
         return await answers.results_async(timeout_s=FLEET_TIMEOUT_S)
 
@@ -141,7 +197,7 @@ def application(config: ServerConfig) -> serve.Application:
     return bound
 
 
-def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -> None:
+def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None], grpc: GrpcOptions = NO_GRPC) -> None:
     """Serve on a Ray cluster of its own until SIGINT or SIGTERM; then drain, and stop the cluster.
 
     With RAY_ADDRESS set, joins that cluster instead and leaves it running.
@@ -153,7 +209,11 @@ def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -
     try:
         # Without the dashboard the cluster is up in five seconds instead of nine.
         ray.init(address=address) if address else ray.init(address="local", include_dashboard=False)
-        serve.start(proxy_location="HeadOnly", http_options={"host": http.host, "port": http.port})
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": http.host, "port": http.port},
+            grpc_options={"port": grpc.port, "grpc_servicer_functions": list(grpc.grpc_servicer_functions)},
+        )
         _deploy(config)
         stop = _event_at_signals()
         on_ready()

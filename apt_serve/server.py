@@ -13,23 +13,33 @@ from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.api.state import ApiState, Phase
 from apt_serve.config import ServerConfig
 from apt_serve.engine.factory import make_engine
+from apt_serve.rpc.inference import Cancel
+from apt_serve.rpc.services import Services
 
 
 class Server:
-    """One engine and the HTTP application over it. Nothing is loaded until ``start``.
+    """One engine, and the HTTP application and gRPC services over it. Nothing is loaded until ``start``.
 
     The runner starts and stops it, not the application's ASGI lifespan: so the runner sees why a model cannot be
     loaded, and can drain while it still listens.
 
     Args:
         fleet: all replicas that new weights go to; None: this one has no others.
+        cancel: ends a generation of gRPC's on whatever replica; None: this one has no others.
 
     Raises:
         ConfigError: the engine is not installed, the admin token in the environment is too short, or a key of access
             control cannot be read.
     """
 
-    def __init__(self, config: ServerConfig, *, is_behind_serve: bool = False, fleet: Fleet | None = None) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        is_behind_serve: bool = False,
+        fleet: Fleet | None = None,
+        cancel: Cancel | None = None,
+    ) -> None:
         metrics = PrometheusMetrics(config.model.served_name)
         engine = make_engine(current_model(config), metrics)
         self.handover = Handover(config, engine, metrics)
@@ -42,6 +52,7 @@ class Server:
             fleet=fleet or self.handover,
         )
         self._state: ApiState = self.app.state.api
+        self.rpc = Services(self._state, cancel)
 
     async def start(self) -> None:
         """Load the model and make ready.

@@ -6,23 +6,26 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from types import FrameType
 
 import uvicorn
 
 from apt_serve.config import ServerConfig
-from apt_serve.config_file import HttpOptions
+from apt_serve.config_file import NO_GRPC, GrpcOptions, HttpOptions
+from apt_serve.rpc.listen import listening
 from apt_serve.server import Server, log_to_stderr
 
 LINGER_S = 5
 """Connections that are still open when no request runs any more, such as idle sockets, may close for this long."""
 
 
-def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -> None:
+def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None], grpc: GrpcOptions = NO_GRPC) -> None:
     """Serve until SIGINT or SIGTERM; running requests may then finish within the grace period.
 
     Raises:
         AptError: the model cannot be loaded with these settings.
+        ConfigError: gRPC cannot listen where it is to.
     """
     log_to_stderr()
     server = Server(config)
@@ -38,13 +41,20 @@ def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -
         timeout_graceful_shutdown=LINGER_S,
     )
     with asyncio.Runner(loop_factory=options.get_loop_factory()) as runner:
-        runner.run(_serve(server, options, on_ready))
+        grpc_server = listening(server.rpc, config, http.host, grpc.port) if grpc.is_on else nullcontext()
+        runner.run(_serve(server, options, grpc_server, on_ready))
 
 
-async def _serve(server: Server, options: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+async def _serve(
+    server: Server,
+    options: uvicorn.Config,
+    grpc_server: AbstractAsyncContextManager[int | None],
+    on_ready: Callable[[], None],
+) -> None:
     await server.start()
     try:
-        await _DrainingUvicorn(server, options, on_ready).serve()
+        async with grpc_server:  # as long as uvicorn: new calls are refused in words while running ones finish
+            await _DrainingUvicorn(server, options, on_ready).serve()
     finally:
         await server.stop()
 

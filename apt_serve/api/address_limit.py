@@ -22,40 +22,27 @@ _NAMESPACE = "address"
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-class AddressLimitMiddleware:
-    """Answers 429 to an address that has asked too often in the last minute.
+class AddressLimit:
+    """Counts the requests of each address in the last minute.
 
     slowapi's own middlewares know no WebSockets, and its ASGI one repeats the response's start before every chunk of a
     stream (0.1.10): this asks its limiter. That keeps a moving window in memory and never waits.
+
+    Args:
+        config: with a limit for addresses.
     """
 
-    def __init__(self, app: ASGIApp, config: LimitsConfig) -> None:
+    def __init__(self, config: LimitsConfig) -> None:
         assert config.requests_per_minute_per_address is not None
-        self._app = app
         self._limit = RateLimitItemPerMinute(config.requests_per_minute_per_address)
         self._proxies = tuple(ipaddress.ip_network(proxy) for proxy in config.trusted_proxies)
         self._limiter = Limiter(key_func=self._address, strategy="moving-window", storage_uri="memory://").limiter
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        is_own = "identity" in scope.get("state", {})  # of a job, made in this process
-        if scope["type"] not in ("http", "websocket") or scope["path"] in _EXEMPT or is_own:
-            await self._app(scope, receive, send)
-            return
-        address = self._address(HTTPConnection(scope))
+    def refusal(self, scope: Scope) -> ApiError | None:
+        """Count a request; what it is answered if that is one too many."""
+        address = client_address(scope, self._proxies)
         if self._limiter.hit(self._limit, _NAMESPACE, address):
-            await self._app(scope, receive, send)
-            return
-        answer = self._refusal(address).response()
-        if scope["type"] == "websocket":
-            await WebSocket(scope, receive, send).send_denial_response(answer)
-        else:
-            await answer(scope, receive, send)
-
-    def _address(self, connection: HTTPConnection) -> str:
-        return client_address(connection.scope, self._proxies)
-
-    def _refusal(self, address: str) -> ApiError:
+            return None
         reset_at = self._limiter.get_window_stats(self._limit, _NAMESPACE, address).reset_time
         seconds = max(1, math.ceil(reset_at - time.time()))
         message = (
@@ -63,6 +50,33 @@ class AddressLimitMiddleware:
             f"Try again in {seconds} s."
         )
         return rate_limited(message, {"Retry-After": str(seconds)})
+
+    def _address(self, connection: HTTPConnection) -> str:
+        return client_address(connection.scope, self._proxies)
+
+
+class AddressLimitMiddleware:
+    """Answers 429 to an address that has asked too often in the last minute."""
+
+    def __init__(self, app: ASGIApp, config: LimitsConfig) -> None:
+        self._app = app
+        self._limit = AddressLimit(config)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        is_own = "identity" in scope.get("state", {})  # of a job, made in this process
+        if scope["type"] not in ("http", "websocket") or scope["path"] in _EXEMPT or is_own:
+            await self._app(scope, receive, send)
+            return
+        refusal = self._limit.refusal(scope)
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        answer = refusal.response()
+        if scope["type"] == "websocket":
+            await WebSocket(scope, receive, send).send_denial_response(answer)
+        else:
+            await answer(scope, receive, send)
 
 
 def client_address(scope: Scope, proxies: tuple[_Network, ...]) -> str:

@@ -27,15 +27,21 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation. With `stream` the answer is server-sent events, the last of them `data: [DONE]`."""
     engine = state.engine_for(caller, body.model)
-    num_logprobs = _num_logprobs(body)
-    job = await _make_job(engine, body, num_logprobs, state.origin(caller, body.cache_salt))
+    job = await chat_job(engine, body, state.origin(caller, body.cache_salt))
+    num_logprobs = job.requests[0].sampling.logprobs
     formatter = ChatFormatter(
         state.envelope(job), engine.model.tokenizer, ChatOptions(num_logprobs, bool(body.return_token_ids))
     )
     return await answer(request, state, engine, job, formatter, body)
 
 
-async def _make_job(engine: EngineClient, body: ChatCompletionRequest, num_logprobs: int | None, origin: Origin) -> Job:
+async def chat_job(engine: EngineClient, body: ChatCompletionRequest, origin: Origin) -> Job:
+    """What a body asks of the engine.
+
+    Raises:
+        InvalidRequestError: it could never be served.
+    """
+    num_logprobs = _num_logprobs(body)
     limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     names = {"prompt": "messages", "prompt_token_ids": "messages", "max_tokens": limit_name}
     if body.max_tokens is not None and body.max_tokens != body.token_limit:

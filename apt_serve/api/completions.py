@@ -31,14 +31,19 @@ _NAMES = {"prompt_logprobs": "logprobs", "prompt_token_ids": "prompt"}
 async def create_completion(body: CompletionRequest, request: Request, state: State, caller: Caller) -> Response:
     """Continue a text. With `stream` the answer is server-sent events, the last of them `data: [DONE]`."""
     engine = state.engine_for(caller, body.model)
-    job = await _make_job(engine, body, state.origin(caller, body.cache_salt))
+    job = await completion_job(engine, body, state.origin(caller, body.cache_salt))
     skip_special_tokens = job.requests[0].sampling.skip_special_tokens
     options = CompletionOptions(bool(body.echo), body.logprobs, skip_special_tokens, bool(body.return_token_ids))
     formatter = CompletionFormatter(state.envelope(job), engine.model.tokenizer, options)
     return await answer(request, state, engine, job, formatter, body)
 
 
-async def _make_job(engine: EngineClient, body: CompletionRequest, origin: Origin) -> Job:
+async def completion_job(engine: EngineClient, body: CompletionRequest, origin: Origin) -> Job:
+    """What a body asks of the engine.
+
+    Raises:
+        InvalidRequestError: it could never be served.
+    """
     with wire_names(_NAMES):
         sampling = _sampling(engine, body)
     add_special_tokens = True if body.add_special_tokens is None else body.add_special_tokens

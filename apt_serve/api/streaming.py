@@ -46,10 +46,11 @@ class StreamUsage:
 
 async def collected(receive: Receive, job: Job, batches: Batches) -> tuple[list[ChoiceDelta], Usage]:
     """Wait for all choices: each of them whole, and the usage."""
-    return await while_connected(receive, _collect(job, batches))
+    return await while_connected(receive, collect(job, batches))
 
 
-async def _collect(job: Job, batches: Batches) -> tuple[list[ChoiceDelta], Usage]:
+async def collect(job: Job, batches: Batches) -> tuple[list[ChoiceDelta], Usage]:
+    """The same, for a caller that is cancelled when its client leaves."""
     tally, transcript = Tally(job), Transcript()
     async with aclosing(batches):
         async for batch in batches:

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from apt_core.errors import ConfigError
 from apt_kernels.cache import cache_folder
 from apt_serve.config import ServerConfig
-from apt_serve.config_file import HttpOptions
+from apt_serve.config_file import NO_GRPC, GrpcOptions, HttpOptions
 from apt_serve.doctor.finding import Finding, ok, problem, warning
 from apt_serve.ports import require_free_port
 
@@ -80,10 +80,10 @@ def _normal(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-def port(http: HttpOptions) -> Finding:
+def port(http: HttpOptions, grpc: GrpcOptions = NO_GRPC) -> Finding:
     """Whether the server can listen."""
     try:
-        require_free_port(http)
+        require_free_port(http, grpc)
     except ConfigError as error:
         return problem("port", str(error), "stop what listens there, or choose another with --port")
     return ok("port", f"{http.host}:{http.port} is free")

@@ -15,7 +15,7 @@ import pytest
 from apt_core.config import settings
 from apt_serve import cli
 from apt_serve.config import ServerConfig
-from apt_serve.config_file import HttpOptions
+from apt_serve.config_file import NO_GRPC, GrpcOptions, HttpOptions
 from apt_serve.engine.config import EngineConfig
 
 CONFIG_FILE = Path(__file__).parents[2] / "deploy" / "config.yaml"
@@ -30,14 +30,14 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[ServerConfig, HttpOptions]]]:
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[ServerConfig, HttpOptions, GrpcOptions]]]:
     """What the uvicorn runner was asked to run."""
     from apt_serve import standalone
 
-    calls: list[tuple[ServerConfig, HttpOptions]] = []
+    calls: list[tuple[ServerConfig, HttpOptions, GrpcOptions]] = []
 
-    def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -> None:
-        calls.append((config, http))
+    def run(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None], grpc: GrpcOptions) -> None:
+        calls.append((config, http, grpc))
 
     monkeypatch.setattr(standalone, "run", run)
     yield calls
@@ -56,9 +56,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_start_without_anything_takes_the_defaults(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "require_free_port", lambda http: None)
+    monkeypatch.setattr(cli, "require_free_port", lambda http, grpc: None)
     assert start() == 0
-    assert started == [(ServerConfig(), HttpOptions())]
+    assert started == [(ServerConfig(), HttpOptions(), NO_GRPC)]
 
 
 def test_flags_go_before_the_file_and_the_file_before_defaults(started: Any, tmp_path: Path, free_port: int) -> None:
@@ -68,9 +68,22 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(started: Any, tmp
         "applications: [{args: {replicas: 2, model: {max_num_seqs: 8, block_size: 32}}}]\n"
     )
     assert start("some/model", "--config", str(path), "--model.max_num_seqs=4", "--host", "localhost") == 0
-    config, http = started[0]
+    config, http, grpc = started[0]
     assert config == ServerConfig(EngineConfig(source="some/model", max_num_seqs=4, block_size=32), replicas=2)
     assert http == HttpOptions("localhost", free_port)
+    assert not grpc.is_on
+
+
+def test_a_port_for_grpc_turns_it_on(started: Any, tmp_path: Path, free_port: int) -> None:
+    path = tmp_path / "config.yaml"
+    functions = "grpc_servicer_functions: [apt_serve.rpc.register.add_services]"
+    path.write_text(f"grpc_options: {{port: {free_port}, {functions}}}\napplications: [{{}}]\n")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        http_port = probe.getsockname()[1]
+    port = f"--port={http_port}"
+    assert start(port, "--grpc-port", str(free_port)) == start(port, "--config", str(path)) == 0
+    assert [grpc for _, _, grpc in started] == [GrpcOptions().at(free_port)] * 2
+    assert started[0][2].is_on
 
 
 def test_start_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +122,24 @@ def test_a_port_in_use_is_refused_at_once(capsys: pytest.CaptureFixture[str]) ->
         assert refusal(capsys, "start", f"--port={port}") == (
             f"port: cannot listen on 127.0.0.1:{port}: Address already in use"
         )
+
+
+def test_a_port_for_grpc_that_cannot_be_had_is_refused_at_once(
+    capsys: pytest.CaptureFixture[str], free_port: int
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert refusal(capsys, "start", "--runner", "uvicorn", f"--port={free_port}", f"--grpc-port={port}") == (
+            f"grpc_port: cannot listen on 127.0.0.1:{port}: Address already in use"
+        )
+    both = refusal(capsys, "start", "--runner", "uvicorn", f"--port={free_port}", f"--grpc-port={free_port}")
+    assert both == f"grpc_port: must be another than HTTP's, got {free_port}"
+
+
+def test_grpc_on_ray_is_not_opened_to_all_addresses_unasked(capsys: pytest.CaptureFixture[str], free_port: int) -> None:
+    assert refusal(capsys, "start", f"--grpc-port={free_port}").startswith(
+        "grpc_port: Ray Serve listens for gRPC on all addresses"
+    )
 
 
 def test_unknown_arguments_end_with_usage(capsys: pytest.CaptureFixture[str]) -> None:

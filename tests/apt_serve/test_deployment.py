@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 import yaml
@@ -23,8 +24,10 @@ import yaml
 from apt_core.config import parse, settings
 from apt_core.errors import ConfigError
 from apt_serve.config import ApiConfig, ServerConfig
-from apt_serve.config_file import ConfigFile, HttpOptions, default_config_file, read_config_file
+from apt_serve.config_file import NO_GRPC, ConfigFile, HttpOptions, default_config_file, read_config_file
 from apt_serve.engine.config import EngineConfig
+from apt_serve.rpc.inference_pb2 import CancelRequest, GenerateRequest, Sampling
+from apt_serve.rpc.inference_pb2_grpc import InferenceStub
 from apt_train.publish import PublishSettings, publish
 from tests.apt_serve.published import base_folder, publish_copy
 
@@ -57,6 +60,7 @@ def test_every_setting_in_the_shipped_file_has_a_comment() -> None:
 def test_the_shipped_file_is_what_holds_without_one() -> None:
     file = read_config_file(CONFIG_FILE)
     assert file.http_options == default_config_file().http_options == HttpOptions()
+    assert file.grpc_options == default_config_file().grpc_options == NO_GRPC
     assert file.proxy_location == default_config_file().proxy_location
 
 
@@ -67,6 +71,11 @@ def test_the_shipped_file_is_what_holds_without_one() -> None:
         ("applications: [{import_path: 'a:b'}]", "applications.0.import_path: must be 'apt_serve.deployment:build'"),
         ("applications: [{}]\nhttp_option: {}", "http_option: unknown setting; did you mean http_options?"),
         ("applications: [{}]\nhttp_options: {port: 0}", "http_options.port: must be between 1 and 65535, got 0"),
+        ("applications: [{}]\ngrpc_options: {port: 0}", "grpc_options.port: must be between 1 and 65535, got 0"),
+        (
+            "applications: [{}]\ngrpc_options: {grpc_servicer_functions: [a.b]}",
+            "grpc_options.grpc_servicer_functions.0: must be 'apt_serve.rpc.register.add_services'",
+        ),
         ("applications: [{}]\nhttp_options: {prt: 1}", "http_options.prt: unknown setting; did you mean port?"),
     ],
 )
@@ -309,3 +318,31 @@ def test_published_weights_reach_every_replica(tmp_path: Path, monkeypatch: pyte
         assert lines[-1].count("done after") == 2
         answers = [httpx.post(f"{url}/v1/completions", json={"prompt": [5, 6], "max_tokens": 1}) for _ in range(8)]
         assert {answer.json()["weight_version"] for answer in answers} == {manifest.version}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_cancel_reaches_the_replica_that_generates(tmp_path: Path) -> None:
+    """Each Cancel comes to any of them."""
+    port, grpc_port = free_port(), free_port()
+    config = yaml.safe_load(CONFIG_FILE.read_text(encoding="utf-8"))
+    config["http_options"]["port"] = port
+    config["grpc_options"] = {"port": grpc_port, "grpc_servicer_functions": ["apt_serve.rpc.register.add_services"]}
+    args = config["applications"][0]["args"]
+    args["replicas"] = 2
+    args["model"] |= {"dtype": "float32", "max_model_len": 1024, "num_kv_blocks": 600, "num_threads": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    hook = "apt_serve.deployment.drain_at_signals"
+    with started("serve", "run", str(tmp_path / "config.yaml"), RAY_RUNTIME_ENV_HOOK=hook) as process:
+        wait_ready(f"http://127.0.0.1:{port}", process)
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+            stub = InferenceStub(channel)
+            sampling = Sampling(max_tokens=900, temperature=0, ignore_eos=True)
+            for number in range(8):
+                name = f"story-{number}"
+                call = stub.GenerateStream(GenerateRequest(text="Once", sampling=sampling, request_id=name))
+                next(call)
+                stub.Cancel(CancelRequest(request_id=name))
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(call)
+                assert caught.value.code() == grpc.StatusCode.CANCELLED

@@ -11,14 +11,18 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 
+import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from apt_core.errors import CheckpointError
 from apt_serve import server, standalone
 from apt_serve.config import ServerConfig
-from apt_serve.config_file import HttpOptions
+from apt_serve.config_file import NO_GRPC, GrpcOptions, HttpOptions
 from apt_serve.engine.metrics import NullMetrics
+from apt_serve.rpc.inference_pb2 import FINISH_REASON_LENGTH, GenerateRequest, Sampling
+from apt_serve.rpc.inference_pb2_grpc import InferenceStub
 from tests.apt_serve.api.live_server import wait_until
 from tests.apt_serve.api.scripted_engine import ScriptedEngine
 
@@ -51,7 +55,16 @@ def http() -> HttpOptions:
         return HttpOptions(port=probe.getsockname()[1])
 
 
-def run_beside(config: ServerConfig, http: HttpOptions, client: Callable[[], None]) -> None:
+@pytest.fixture
+def grpc_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run_beside(
+    config: ServerConfig, http: HttpOptions, client: Callable[[], None], grpc_options: GrpcOptions = NO_GRPC
+) -> None:
     """Run the server here, where signals arrive, and a client of it on a thread once it is ready."""
     failures: list[BaseException] = []
 
@@ -63,7 +76,7 @@ def run_beside(config: ServerConfig, http: HttpOptions, client: Callable[[], Non
             os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=watched)
-    standalone.run(config, http, thread.start)
+    standalone.run(config, http, thread.start, grpc_options)
     thread.join()
     if failures:
         raise failures[0]
@@ -143,3 +156,36 @@ async def test_a_problem_is_a_dead_or_hanging_engine_of_a_ready_server(engine: S
     await subject.stop()
     engine.script.is_alive = False
     assert subject.problem() is None, "it was told to stop"
+
+
+def test_grpc_drains_with_http(engine: ScriptedEngine, http: HttpOptions, grpc_port: int) -> None:
+    engine.script.token_delay_s = 0.02
+    sampling = Sampling(max_tokens=50, temperature=0)
+
+    def client() -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+            stub, health = InferenceStub(channel), health_pb2_grpc.HealthStub(channel)
+            assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+            call = stub.GenerateStream(GenerateRequest(text="a", sampling=sampling))
+            next(call)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: engine.script.is_stopped)
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Generate(GenerateRequest(text="a", sampling=sampling))
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert dict(caught.value.trailing_metadata())["retry-after"] == "1"
+            assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            last = list(call)[-1]
+            assert last.usage.completion_tokens == 50
+            assert last.choices[0].finish_reason == FINISH_REASON_LENGTH
+
+    run_beside(ServerConfig(), http, client, GrpcOptions().at(grpc_port))
+
+
+def test_without_a_port_there_is_no_grpc(engine: ScriptedEngine, http: HttpOptions) -> None:
+    def client() -> None:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", GrpcOptions().port)) != 0
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run_beside(ServerConfig(), http, client)

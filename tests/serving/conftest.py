@@ -23,10 +23,12 @@ MODEL = "smollm2-135m-instruct"
 START_TIMEOUT_S = 240
 
 
-def shipped_config(port: int, **model: object) -> dict[str, object]:
-    """deploy/config.yaml on another port, with some settings of the model changed."""
+def shipped_config(port: int, grpc_port: int | None = None, **model: object) -> dict[str, object]:
+    """deploy/config.yaml on another port, with some settings of the model changed; with gRPC if it gets a port."""
     config = yaml.safe_load((ROOT / "deploy" / "config.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = port
+    if grpc_port is not None:
+        config["grpc_options"] = {"port": grpc_port, "grpc_servicer_functions": ["apt_serve.rpc.register.add_services"]}
     args = config["applications"][0]["args"]
     args["model"].update(model)
     args["api"].update(shutdown_grace_s=20.0)
@@ -59,9 +61,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 def serve_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """`serve run` on a configuration like the shipped one: exact float32, so that answers can be compared."""
     folder = tmp_path_factory.mktemp("serve")
-    port = free_port()
+    port, grpc_port = free_port(), free_port()
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(shipped_config(port, dtype="float32", num_threads=1, max_model_len=2048)))
+    config.write_text(
+        yaml.safe_dump(shipped_config(port, grpc_port, dtype="float32", num_threads=1, max_model_len=2048))
+    )
     command = [str(Path(sys.executable).parent / "serve"), "run", str(config)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     with (folder / "log").open("wb") as log:
@@ -69,7 +73,7 @@ def serve_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     base_url = f"http://127.0.0.1:{port}"
     try:
         wait_ready(base_url, process)
-        yield Endpoint(base_url, MODEL, frozenset(Capability))
+        yield Endpoint(base_url, MODEL, frozenset(Capability), f"127.0.0.1:{grpc_port}")
     except AssertionError:
         print((folder / "log").read_text(errors="replace")[-4000:])
         raise

@@ -15,7 +15,7 @@ from pathlib import Path
 from apt_serve import standalone
 from apt_serve.cli import main as apt_serve
 from apt_serve.config import ServerConfig
-from apt_serve.config_file import HttpOptions
+from apt_serve.config_file import NO_GRPC, GrpcOptions, HttpOptions
 
 TASKS_FILE = "APT_TASKS_FILE"
 _run = standalone.run
@@ -27,14 +27,16 @@ async def _note_tasks(file: Path) -> None:
         await asyncio.sleep(0.25)
 
 
-def _run_observed(config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None]) -> None:
+def _run_observed(
+    config: ServerConfig, http: HttpOptions, on_ready: Callable[[], None], grpc: GrpcOptions = NO_GRPC
+) -> None:
     tasks: set[asyncio.Task[None]] = set()  # the loop holds no reference
 
     def on_loop() -> None:
         tasks.add(asyncio.get_running_loop().create_task(_note_tasks(Path(os.environ[TASKS_FILE]))))
         on_ready()
 
-    _run(config, http, on_loop)
+    _run(config, http, on_loop, grpc)
 
 
 if __name__ == "__main__":

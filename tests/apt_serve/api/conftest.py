@@ -25,6 +25,7 @@ class Endpoint:
     base_url: str
     model: str
     capabilities: frozenset[Capability]
+    grpc_address: str = ""
 
     @property
     def websocket_url(self) -> str:
