@@ -167,6 +167,16 @@ def test_who_waits_for_room_and_leaves_takes_nothing(world: World) -> None:
     assert world.loaded() == ["a", "b"]
 
 
+def test_who_asks_just_when_the_last_caller_leaves_is_served(world: World) -> None:
+    held = [world.lease("a"), world.lease("b")]
+    first = world.begin("c")
+    first.cancel()
+    second = world.begin("c")
+    held[0].release()
+    assert world.run(second).engine.model.name == "c"
+    held[1].release()
+
+
 def test_a_failed_load_is_the_same_error_for_all_and_is_tried_again(world: World) -> None:
     world.loader.failures["a"] = [ConfigError("does not fit", field="max_model_len")]
     tasks = [world.begin("a") for _ in range(3)]

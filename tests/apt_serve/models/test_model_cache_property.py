@@ -26,18 +26,11 @@ seconds = st.sampled_from([0.0, 0.02, 0.3, 1.0, 3.0, 7.0])
 class Cache(RuleBasedStateMachine):
     """Callers that come, hold, let go and leave, over engines that take their time and die."""
 
-    @initialize(
-        max_models=st.integers(1, 4),
-        max_bytes=st.integers(4, 9),
-        load_s=seconds,
-        stop_s=seconds,
-        max_waiting=st.just(6),
-    )
+    @initialize(max_models=st.integers(1, 4), max_bytes=st.integers(4, 9), load_s=seconds, stop_s=seconds)
     def make(self, max_models: int, max_bytes: int, load_s: float, stop_s: float) -> None:
         self.loop = VirtualTimeLoop()
         self.limits = (max_models, max_bytes)
         self.loader = ScriptedLoader(NEEDS, load_s=load_s, stop_s=stop_s)
-
         self.cache = ModelCache(self.loader, max_models=max_models, max_bytes=max_bytes, wait_s=WAIT_S, max_waiting=6)
         self.callers: list[tuple[str, asyncio.Task[Lease]]] = []
         self.held: list[tuple[str, Lease]] = []
