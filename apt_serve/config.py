@@ -137,9 +137,9 @@ class ServerConfig:
         loaded = others[: self.models.max_loaded - 1]
         return _num_requests(self.model) + sum(loaded) + (self.models.max_waiting if others else 0)
 
-    def settings_of(self, name: str) -> EngineConfig:
+    def settings_of(self, name: str | None) -> EngineConfig:
         """Settings of the model of a name; of the default model where it is none of the others."""
-        return self.models.others.get(name, self.model)
+        return self.model if name is None else self.models.others.get(name, self.model)
 
 
 def _num_requests(model: EngineConfig) -> int:

@@ -26,9 +26,9 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, state: State, caller: Caller
 ) -> Response:
     """Answer a conversation. With `stream` the answer is server-sent events, the last of them `data: [DONE]`."""
-    engine = state.engine_for(caller, body.model)
+    engine = await state.engine_of(request, caller, body.model)
     num_logprobs = _num_logprobs(body)
-    job = await _make_job(engine, body, num_logprobs, state.origin(caller, body.cache_salt))
+    job = await _make_job(engine, body, num_logprobs, state.origin(caller, body.cache_salt, model=body.model))
     formatter = ChatFormatter(
         state.envelope(job), engine.model.tokenizer, ChatOptions(num_logprobs, bool(body.return_token_ids))
     )

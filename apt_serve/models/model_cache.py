@@ -55,6 +55,8 @@ class ModelCache:
         self._demands: dict[str, Demand] = {}
         self._turns: deque[Demand] = deque()
         """Demands that need room, the first to be served first."""
+        self._errors: dict[str, str] = {}
+        """Why the latest load of a model failed, if it did."""
         self._stopping: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
         self._grace_s: float | None = None
@@ -78,7 +80,8 @@ class ModelCache:
                 return await self._wait_for(name)
         except TimeoutError:
             message = f"The model {name!r} was not ready within {self._wait_s:g} s: other models are in use."
-            if self.phase(name) is Phase.LOADING:
+            slot = self._slots.get(name)
+            if slot is not None and slot.phase is Phase.LOADING:
                 message = f"The model {name!r} is being loaded, which takes longer than {self._wait_s:g} s."
             raise ModelBusyError(message, retry_after_s=max(self._wait_s / 4, 1.0)) from None
 
@@ -140,14 +143,17 @@ class ModelCache:
         if self._stopping:
             await asyncio.wait(self._stopping)
 
-    def phase(self, name: str) -> Phase | None:
-        """Where a model is; None if it takes up no room."""
-        slot = self._slots.get(name)
-        return None if slot is None else slot.phase
+    def slot(self, name: str) -> Slot | None:
+        """A model's room, to be read, not changed; None if it takes up none."""
+        return self._slots.get(name)
 
     def slots(self) -> list[Slot]:
-        """All that take up room, the least recently used first; to be read, not changed."""
+        """The room of all that take up any, the least recently used first."""
         return self._slots.all()
+
+    def error(self, name: str) -> str | None:
+        """Why the latest load of a model failed; None if it did not."""
+        return self._errors.get(name)
 
     def num_waiting(self, name: str) -> int:
         """Callers that wait for a model."""
@@ -186,6 +192,7 @@ class ModelCache:
             slot = await self._loaded_slot(demand)
         except ModelLoadError as error:
             log.error("%s", error)
+            self._errors[demand.name] = error.reason
             self._events.model_load_failed(demand.name)
             demand.fail(error)
         else:
@@ -216,6 +223,7 @@ class ModelCache:
             self._slots.give_back(slot)
             raise
         slot.phase = Phase.READY
+        self._errors.pop(name, None)
         self._events.model_loaded(name, slot.engine, time.monotonic() - began)
         return slot
 

@@ -185,7 +185,9 @@ def test_a_failed_load_is_the_same_error_for_all_and_is_tried_again(world: World
     assert all(isinstance(error, ModelLoadError) for error in errors)
     assert {str(error) for error in errors} == {"The model 'a' could not be loaded: max_model_len: does not fit"}
     assert world.cache.slots() == []
+    assert world.cache.error("a") == "max_model_len: does not fit"
     world.use("a")
+    assert world.cache.error("a") is None
     assert world.loader.loads == ["a", "a"]
     assert world.events.seen == [("failed", "a"), ("loaded", "a")]
 
@@ -344,7 +346,7 @@ def test_a_model_asked_for_while_it_stops_comes_back(world: World) -> None:
     world.use("a")
     unloading = world.loop.create_task(world.cache.unload("a"))
     world.loop.pass_time(0.1)
-    assert world.cache.phase("a") is Phase.STOPPING
+    assert [slot.phase for slot in world.cache.slots()] == [Phase.STOPPING]
     world.use("a")
     world.run(unloading)
     assert world.loaded() == ["a"]
