@@ -8,31 +8,36 @@ from fastapi import FastAPI
 
 from apt_serve.api.app import create_app
 from apt_serve.api.current_weights import current_model
-from apt_serve.api.handover import Fleet, Handover
+from apt_serve.api.handover import Handover
 from apt_serve.api.metrics import PrometheusMetrics
+from apt_serve.api.model_fleet import ServerFleet
+from apt_serve.api.served_models import ServedModels
 from apt_serve.api.state import ApiState, Phase
 from apt_serve.config import ServerConfig
 from apt_serve.engine.factory import make_engine
 
 
 class Server:
-    """One engine and the HTTP application over it. Nothing is loaded until ``start``.
+    """The default engine, those of further models, and the HTTP application over them. Nothing is loaded until ``start``.
 
     The runner starts and stops it, not the application's ASGI lifespan: so the runner sees why a model cannot be
     loaded, and can drain while it still listens.
 
     Args:
-        fleet: all replicas that new weights go to; None: this one has no others.
+        fleet: all replicas that new weights and orders to load models go to; None: this one has no others.
 
     Raises:
         ConfigError: the engine is not installed, the admin token in the environment is too short, or a key of access
             control cannot be read.
     """
 
-    def __init__(self, config: ServerConfig, *, is_behind_serve: bool = False, fleet: Fleet | None = None) -> None:
+    def __init__(
+        self, config: ServerConfig, *, is_behind_serve: bool = False, fleet: ServerFleet | None = None
+    ) -> None:
         metrics = PrometheusMetrics(config.model.served_name)
         engine = make_engine(current_model(config), metrics)
         self.handover = Handover(config, engine, metrics)
+        self.models = ServedModels(config, engine, metrics)
         self.app: FastAPI = create_app(
             config,
             engine,
@@ -40,6 +45,8 @@ class Server:
             runs_engine=False,
             is_behind_serve=is_behind_serve,
             fleet=fleet or self.handover,
+            models=self.models,
+            model_fleet=fleet or self.models,
         )
         self._state: ApiState = self.app.state.api
 

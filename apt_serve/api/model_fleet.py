@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from apt_serve.api.handover import Fleet
+
 ModelState = Literal["loaded", "loading", "stopping", "not_loaded"]
 
 
@@ -46,3 +48,7 @@ class ModelFleet(Protocol):
 
     async def unload_model(self, name: str) -> list[ReplicaModels]:
         """Let every replica unload a model, unless it is in use there; what each says then."""
+
+
+class ServerFleet(Fleet, ModelFleet, Protocol):
+    """All replicas, for weights and models."""

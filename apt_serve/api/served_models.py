@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from apt_core.errors import AptError
 from apt_serve.api.metrics import PrometheusMetrics
-from apt_serve.api.model_fleet import ModelReport, ReplicaModels
+from apt_serve.api.model_fleet import ModelReport, ModelState, ReplicaModels
 from apt_serve.config import ServerConfig
 from apt_serve.engine.client import EngineClient, EngineStoppedError
 from apt_serve.models.engine_loader import EngineLoader, free_memory
@@ -19,7 +19,7 @@ from apt_serve.models.slots import Lease, Phase
 
 log = logging.getLogger(__name__)
 
-_STATES = {Phase.LOADING: "loading", Phase.READY: "loaded", Phase.STOPPING: "stopping"}
+_STATES: dict[Phase, ModelState] = {Phase.LOADING: "loading", Phase.READY: "loaded", Phase.STOPPING: "stopping"}
 
 
 class ServedModels:
@@ -79,12 +79,8 @@ class ServedModels:
             max_waiting=self._config.max_waiting,
             events=self._metrics.watch_models(self.others),
         )
-        log.info(
-            "%d further models, %d at a time, in %.1f GiB",
-            len(self.others),
-            self._config.max_loaded - 1,
-            max_bytes / GIB,
-        )
+        most = self._config.max_loaded - 1
+        log.info("%d further models, %d at a time, in %.1f GiB", len(self.others), most, max_bytes / GIB)
         await self._cache.preload_models(self._config.preload)
 
     async def stop(self, grace_s: float) -> None:

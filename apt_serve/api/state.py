@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, TypeGuard
+from typing import Annotated
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection, Request
@@ -104,12 +104,13 @@ class ApiState:
             ModelLoadError, ModelBusyError, EngineStoppedError: as ``ModelCache.get_model``.
             ClientDisconnect: the client left meanwhile.
         """
-        if not self._is_other(caller, model):
+        other = self._other(caller, model)
+        if other is None:
             return self.engine_for(caller, model)
         leases = leases_of(request)
 
         async def take() -> None:
-            leases.append(await self.models.lease(model))
+            leases.append(await self.models.lease(other))
 
         await while_connected(request.receive, take())
         return leases[-1].engine
@@ -117,19 +118,20 @@ class ApiState:
     @asynccontextmanager
     async def using(self, caller: Identity, model: str | None) -> AsyncIterator[EngineClient]:
         """The same for as long as a block lasts, where there is no HTTP request."""
-        if not self._is_other(caller, model):
+        other = self._other(caller, model)
+        if other is None:
             yield self.engine_for(caller, model)
-            return
-        async with await self.models.lease(model) as engine:
-            yield engine
+        else:
+            async with await self.models.lease(other) as engine:
+                yield engine
 
-    def _is_other(self, caller: Identity, model: str | None) -> TypeGuard[str]:
-        """Whether a model must be leased, if its caller may use it."""
-        if model is None or model not in self.config.models.others:
-            return False
+    def _other(self, caller: Identity, model: str | None) -> str | None:
+        """The model, if it is one that must be leased, and its caller may use it."""
+        if model not in self.config.models.others:
+            return None
         require_model(caller, model)
         observe.addressed(model)
-        return True
+        return model
 
     def origin(self, caller: Identity, cache_salt: str | None = None, *, model: str | None = None) -> Origin:
         """What the engine is told of a caller.
