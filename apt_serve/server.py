@@ -18,7 +18,7 @@ from apt_serve.engine.factory import make_engine
 
 
 class Server:
-    """The default engine, those of further models, and the HTTP application over them. Nothing is loaded until ``start``.
+    """The default engine, those of further models, and the application over them. Nothing is loaded until ``start``.
 
     The runner starts and stops it, not the application's ASGI lifespan: so the runner sees why a model cannot be
     loaded, and can drain while it still listens.

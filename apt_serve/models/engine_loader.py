@@ -56,14 +56,14 @@ class EngineLoader:
 
     async def stop(self, name: str, engine: EngineClient, grace_s: float) -> None:
         """See ModelLoader."""
-        try:
-            await engine.stop(grace_s)
-        finally:
-            del engine
-            gc.collect()
-            gc.freeze()  # the models that are still there; the engine's end has unfrozen all
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+        await engine.stop(grace_s)
+
+    def reclaim(self) -> None:
+        """See ModelLoader."""
+        gc.collect()
+        gc.freeze()  # the models that are still there: an engine's end has unfrozen all
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def free_memory(configs: Mapping[str, EngineConfig]) -> int:

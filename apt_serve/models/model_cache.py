@@ -293,6 +293,7 @@ class ModelCache:
             log.exception("%s could not be stopped as it should", slot.name)
         finally:
             del engine
+            self._loader.reclaim()
             self._slots.give_back(slot)
             self._changed()
 

@@ -25,7 +25,10 @@ class ModelLoader(Protocol):
         """
 
     async def stop(self, name: str, engine: EngineClient, grace_s: float) -> None:
-        """End an engine as ``EngineClient.stop`` does; when this returns its memory is free."""
+        """End an engine as ``EngineClient.stop`` does."""
+
+    def reclaim(self) -> None:
+        """Give back the memory of a stopped engine, which nobody refers to any more."""
 
 
 class CacheEvents(Protocol):

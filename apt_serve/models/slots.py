@@ -43,17 +43,22 @@ class Lease:
     """A loaded model that is not stopped until this is released; as an async context manager it gives the engine."""
 
     def __init__(self, slots: Slots, slot: Slot) -> None:
-        assert slot.engine is not None
-        self.engine: EngineClient = slot.engine
+        self._engine = slot.engine
         self._slots = slots
         self._slot: Slot | None = slot
         slot.num_leases += 1
         slots.touch(slot)
 
+    @property
+    def engine(self) -> EngineClient:
+        """Of the model; not to be asked for after ``release``."""
+        assert self._engine is not None
+        return self._engine
+
     def release(self) -> None:
-        """Let the model go; a second time does nothing."""
+        """Let the model go, without so much as a reference to it; a second time does nothing."""
         if self._slot is not None:
-            slot, self._slot = self._slot, None
+            slot, self._slot, self._engine = self._slot, None, None
             slot.num_leases -= 1
             self._slots.touch(slot)
             self._slots.on_release()

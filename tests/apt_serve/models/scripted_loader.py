@@ -25,6 +25,8 @@ class ScriptedLoader:
     """Names, with the grace period."""
     live: dict[str, int] = field(default_factory=dict)
     """Bytes of each model that is loaded or being loaded, by a counter of its own."""
+    stopped: list[str] = field(default_factory=list)
+    """Whose memory is not free yet."""
     most_models: int = 0
     most_bytes: int = 0
     in_use: dict[str, int] = field(default_factory=dict)
@@ -59,7 +61,10 @@ class ScriptedLoader:
             self.faults.append(f"{name} is stopped while {self.in_use[name]} use it")
         self.stops.append((name, grace_s))
         await asyncio.sleep(self.stop_s)
-        del self.live[name]
+        self.stopped.append(name)
+
+    def reclaim(self) -> None:
+        del self.live[self.stopped.pop(0)]
 
 
 def kill(engine: EngineClient) -> None:
