@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -52,6 +53,7 @@ class EngineLoader:
         except Exception:
             del self._sized[name]  # the checkpoint may be another one at the next try
             raise
+        _return_heap()  # what only the load needed
         return engine
 
     async def stop(self, name: str, engine: EngineClient, grace_s: float) -> None:
@@ -62,8 +64,18 @@ class EngineLoader:
         """See ModelLoader."""
         gc.collect()
         gc.freeze()  # the models that are still there: an engine's end has unfrozen all
+        _return_heap()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def _return_heap() -> None:
+    """Let the allocator give freed memory back to the system; else what was one model's is not there for the next."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:  # not glibc
+        return
+    trim(0)
 
 
 def free_memory(configs: Mapping[str, EngineConfig]) -> int:
