@@ -56,6 +56,10 @@ class ServedModels:
         slot = self._cache.slot(name) if self._cache is not None else None
         return slot.engine if slot is not None and slot.phase is Phase.READY else None
 
+    def lease_now(self, name: str) -> Lease | None:
+        """See ``ModelCache.try_get_model``."""
+        return self._require_cache().try_get_model(name)
+
     async def lease(self, name: str) -> Lease:
         """See ``ModelCache.get_model``."""
         return await self._require_cache().get_model(name)

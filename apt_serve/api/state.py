@@ -107,9 +107,12 @@ class ApiState:
         other = self._other(caller, model)
         if other is None:
             return self.engine_for(caller, model)
-        leases = leases_of(request)
+        leases, lease = leases_of(request), self.models.lease_now(other)
+        if lease is not None:
+            leases.append(lease)
+            return lease.engine
 
-        async def take() -> None:
+        async def take() -> None:  # puts it where it is released in the step in which it is given
             leases.append(await self.models.lease(other))
 
         await while_connected(request.receive, take())

@@ -70,7 +70,7 @@ class ModelCache:
             ModelBusyError: not within ``wait_s``, or too many wait already. A load that has begun goes on.
             EngineStoppedError: the cache is stopping.
         """
-        lease = self._lease_at_once(name)
+        lease = self.try_get_model(name)
         if lease is not None:
             return lease
         if sum(len(demand.waiters) for demand in self._demands.values()) >= self._max_waiting:
@@ -85,9 +85,27 @@ class ModelCache:
                 message = f"The model {name!r} is being loaded, which takes longer than {self._wait_s:g} s."
             raise ModelBusyError(message, retry_after_s=max(self._wait_s / 4, 1.0)) from None
 
+    def try_get_model(self, name: str) -> Lease | None:
+        """A model that is loaded and gives leases now, or None. One whose engine has died is stopped instead.
+
+        Raises:
+            EngineStoppedError: the cache is stopping.
+        """
+        if self._grace_s is not None:
+            raise EngineStoppedError("The server is shutting down.")
+        slot = self._slots.get(name)
+        if slot is None or slot.phase is not Phase.READY or slot.closed_for is not None:
+            return None
+        assert slot.engine is not None
+        if not slot.engine.stats().is_alive:
+            log.error("the engine of %s has died; it is loaded anew when it is asked for", name)
+            self._stop_slot(slot, is_evicted=False)
+            return None
+        return Lease(self._slots, slot)
+
     async def load(self, name: str) -> None:
         """Load a model if it is not loaded; as ``get_model``, but it waits as long as it takes."""
-        lease = self._lease_at_once(name) or await self._wait_for(name)
+        lease = self.try_get_model(name) or await self._wait_for(name)
         lease.release()
 
     async def preload_models(self, names: Sequence[str]) -> None:
@@ -159,20 +177,6 @@ class ModelCache:
         """Callers that wait for a model."""
         demand = self._demands.get(name)
         return 0 if demand is None else len(demand.waiters)
-
-    def _lease_at_once(self, name: str) -> Lease | None:
-        """A lease of a loaded model. One whose engine has died is stopped instead."""
-        if self._grace_s is not None:
-            raise EngineStoppedError("The server is shutting down.")
-        slot = self._slots.get(name)
-        if slot is None or slot.phase is not Phase.READY or slot.closed_for is not None:
-            return None
-        assert slot.engine is not None
-        if not slot.engine.stats().is_alive:
-            log.error("the engine of %s has died; it is loaded anew when it is asked for", name)
-            self._stop_slot(slot, is_evicted=False)
-            return None
-        return Lease(self._slots, slot)
 
     async def _wait_for(self, name: str) -> Lease:
         demand = self._demands.get(name)
