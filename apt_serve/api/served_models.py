@@ -12,8 +12,8 @@ from apt_serve.api.model_fleet import ModelReport, ModelState, ReplicaModels
 from apt_serve.config import ServerConfig
 from apt_serve.engine.client import EngineClient, EngineStoppedError
 from apt_serve.models.engine_loader import EngineLoader, free_memory
-from apt_serve.models.errors import ModelInUseError
-from apt_serve.models.model_cache import GIB, ModelCache
+from apt_serve.models.errors import GIB, ModelInUseError
+from apt_serve.models.model_cache import ModelCache
 from apt_serve.models.ports import ModelLoader
 from apt_serve.models.slots import Lease, Phase
 

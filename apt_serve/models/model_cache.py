@@ -6,19 +6,22 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from apt_core.errors import AptError
 from apt_serve.engine.client import EngineStoppedError
 from apt_serve.models.demand import Demand
-from apt_serve.models.errors import ModelBusyError, ModelInUseError, ModelLoadError, ModelTooLargeError
+from apt_serve.models.errors import (
+    GIB,
+    ModelBusyError,
+    ModelInUseError,
+    ModelLoadError,
+    ModelTooLargeError,
+    load_errors,
+)
 from apt_serve.models.ports import CacheEvents, ModelLoader, NoEvents
 from apt_serve.models.slots import Lease, Phase, Slot, Slots
 
 log = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 class ModelCache:
@@ -221,7 +224,7 @@ class ModelCache:
         demand.is_loading = True
         began = time.monotonic()
         try:
-            with _load_errors(name):
+            with load_errors(name):
                 slot.engine = await self._loader.load(name)
         except BaseException:
             self._slots.give_back(slot)
@@ -232,15 +235,11 @@ class ModelCache:
         return slot
 
     async def _memory_need(self, name: str) -> int:
-        with _load_errors(name):
+        with load_errors(name):
             num_bytes = await self._loader.memory_need(name)
         most = self._slots.max_bytes
         if num_bytes > most:
-            raise ModelTooLargeError(
-                name,
-                f"it needs {num_bytes / GIB:.2f} GiB for weights and KV cache, and models.memory_gib leaves "
-                f"{most / GIB:.2f}: lower its max_num_seqs, max_model_len or kv_cache_gib, or its weight_precision",
-            )
+            raise ModelTooLargeError.alone(name, num_bytes, most)
         return num_bytes
 
     async def _room_for(self, demand: Demand, num_bytes: int) -> Slot:
@@ -304,17 +303,3 @@ class ModelCache:
     def _changed(self) -> None:
         self._change.set()
         self._change = asyncio.Event()
-
-
-@contextmanager
-def _load_errors(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a ModelLoadError."""
-    try:
-        yield
-    except ModelLoadError:
-        raise
-    except AptError as error:
-        raise ModelLoadError(name, str(error)) from error
-    except Exception as error:
-        log.exception("%s could not be loaded, by a fault", name)
-        raise ModelLoadError(name, type(error).__name__) from error
