@@ -13,6 +13,7 @@ from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.handover import SwapMode
 from apt_serve.jobs.config import JobsConfig
 from apt_serve.limits.config import LimitsConfig
+from apt_serve.models.config import ModelsConfig
 from apt_serve.records.config import RecordsConfig
 from apt_serve.telemetry.config import TelemetryConfig
 
@@ -104,6 +105,7 @@ class ServerConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     model: EngineConfig = field(default_factory=EngineConfig)
+    models: ModelsConfig = field(default_factory=ModelsConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     admin: AdminConfig = field(default_factory=AdminConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
@@ -117,8 +119,28 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ConfigError(f"must be at least 1, got {self.replicas}", field="replicas")
+        if self.model.served_name in self.models.others:
+            problem = "is the name of the default model"
+            raise ConfigError(problem, field=f"models.others.{self.model.served_name}")
 
     @property
     def job_priority(self) -> int | None:
-        """Of the requests of batches and jobs; None where the engine knows no priorities."""
-        return self.jobs.priority if self.model.policy == "priority" else None
+        """Of the requests of batches and jobs; None where no engine orders by priorities, or one refuses them."""
+        policies = {model.policy for model in (self.model, *self.models.others.values())}
+        refuses = self.model.engine == "vllm" and self.model.policy != "priority"
+        return self.jobs.priority if "priority" in policies and not refuses else None
+
+    @property
+    def max_requests(self) -> int:
+        """Most requests that run and wait at a time in the engines of one replica, and that wait for a model."""
+        others = sorted(map(_num_requests, self.models.others.values()), reverse=True)
+        loaded = others[: self.models.max_loaded - 1]
+        return _num_requests(self.model) + sum(loaded) + (self.models.max_waiting if others else 0)
+
+    def settings_of(self, name: str | None) -> EngineConfig:
+        """Settings of the model of a name; of the default model where it is none of the others."""
+        return self.model if name is None else self.models.others.get(name, self.model)
+
+
+def _num_requests(model: EngineConfig) -> int:
+    return model.max_num_seqs + model.max_waiting_requests

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from apt_serve.api.handover import ReplicaWeights
+    from apt_serve.api.model_fleet import ReplicaModels
     from apt_serve.engine.handover import SwapOrder
     from apt_serve.rpc.messages import ServeServices
     from apt_serve.server import Server
@@ -37,12 +38,12 @@ if TYPE_CHECKING:
 APPLICATION = "apt"
 DEPLOYMENT = "apt"
 CONNECTION_HEADROOM = 1024
-"""Requests a replica takes beyond what its engine can hold: WebSockets (each counts for as long as it is open), health
+"""Requests a replica takes beyond what its engines can hold: WebSockets (each counts for as long as it is open), health
 checks, scrapes, and requests that the engine is to refuse in the API's own words."""
 QUEUED_AT_PROXY = 256
 """Requests that may wait in front of full replicas; beyond that Serve answers 503 by itself."""
 FLEET_TIMEOUT_S = 30.0
-"""Every replica answers within this time when it is asked about its weights, or the one that asks fails."""
+"""Every replica answers within this time when it is asked about weights or models, or the one that asks fails."""
 LINGER_S = 5.0
 """When no request runs any more, connections that are still open, such as idle sockets, may close for this long."""
 
@@ -138,6 +139,21 @@ class Replica:
         assert self._server
         return self._server.rpc.running.cancel(owner, request_id)
 
+    async def models(self) -> ReplicaModels:
+        """What this replica says of its models."""
+        assert self._server
+        return self._server.models.report()
+
+    async def load_model(self, name: str) -> ReplicaModels:
+        """Begin to load a further model; called on every replica by the one that was asked."""
+        assert self._server
+        return await self._server.models.begin_load_here(name)
+
+    async def unload_model(self, name: str) -> ReplicaModels:
+        """Unload a further model, unless it is in use here."""
+        assert self._server
+        return await self._server.models.unload_here(name)
+
     async def drain(self) -> None:
         """Refuse new requests; return when running ones have finished or the grace period is over."""
         if self._server:
@@ -162,6 +178,18 @@ class ServeFleet:
         """End a generation of gRPC's, whichever replica runs it."""
         return any(await self._ask("cancel_here", owner, request_id))
 
+    async def models(self) -> list[ReplicaModels]:
+        """See ModelFleet."""
+        return await self._ask("models")
+
+    async def load_model(self, name: str) -> list[ReplicaModels]:
+        """See ModelFleet."""
+        return await self._ask("load_model", name)
+
+    async def unload_model(self, name: str) -> list[ReplicaModels]:
+        """See ModelFleet."""
+        return await self._ask("unload_model", name)
+
     async def _ask(self, method: str, *args: object) -> list[Any]:
         answers = serve.get_deployment_handle(*self._names).broadcast(method, *args)
         return await answers.results_async(timeout_s=FLEET_TIMEOUT_S)
@@ -183,7 +211,7 @@ def application(config: ServerConfig) -> serve.Application:
         name=DEPLOYMENT,
         num_replicas=config.replicas,
         # The engine's own queue is to be the one that fills up: it answers with a reason and Retry-After.
-        max_ongoing_requests=config.model.max_num_seqs + config.model.max_waiting_requests + CONNECTION_HEADROOM,
+        max_ongoing_requests=config.max_requests + CONNECTION_HEADROOM,
         max_queued_requests=QUEUED_AT_PROXY,
         graceful_shutdown_timeout_s=grace_s + LINGER_S,
         graceful_shutdown_wait_loop_s=0.2,
@@ -245,13 +273,16 @@ def _actor_options(config: ServerConfig) -> dict[str, Any]:
         # ever on a small machine.
         "num_cpus": 0.1,
     }
-    if config.model.device == "cuda" or (config.model.device == "auto" and _has_gpus()):
-        options["num_gpus"] = _num_gpus(config.model)
+    models = (config.model, *config.models.others.values())
+    has_gpus = _has_gpus()
+    on_gpus = [model for model in models if model.device == "cuda" or (model.device == "auto" and has_gpus)]
+    if on_gpus:
+        options["num_gpus"] = max(map(_num_gpus, on_gpus))
     return options
 
 
 def _num_gpus(model: EngineConfig) -> int:
-    """GPUs of a replica: all that its engine splits a model over, unless that engine asks Ray for them by itself.
+    """GPUs for one of its models: all that its engine splits it over, unless that engine asks Ray for them by itself.
 
     Ranks are processes of the replica and share what Ray gives it.
     """

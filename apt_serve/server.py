@@ -8,8 +8,10 @@ from fastapi import FastAPI
 
 from apt_serve.api.app import create_app
 from apt_serve.api.current_weights import current_model
-from apt_serve.api.handover import Fleet, Handover
+from apt_serve.api.handover import Handover
 from apt_serve.api.metrics import PrometheusMetrics
+from apt_serve.api.model_fleet import ServerFleet
+from apt_serve.api.served_models import ServedModels
 from apt_serve.api.state import ApiState, Phase
 from apt_serve.config import ServerConfig
 from apt_serve.engine.factory import make_engine
@@ -18,13 +20,15 @@ from apt_serve.rpc.services import Services
 
 
 class Server:
-    """One engine, and the HTTP application and gRPC services over it. Nothing is loaded until ``start``.
+    """The default engine, those of further models, the HTTP application and the gRPC services over them.
+
+    Nothing is loaded until ``start``.
 
     The runner starts and stops it, not the application's ASGI lifespan: so the runner sees why a model cannot be
     loaded, and can drain while it still listens.
 
     Args:
-        fleet: all replicas that new weights go to; None: this one has no others.
+        fleet: all replicas that new weights and orders to load models go to; None: this one has no others.
         cancel: ends a generation of gRPC's on whatever replica; None: this one has no others.
 
     Raises:
@@ -37,12 +41,13 @@ class Server:
         config: ServerConfig,
         *,
         is_behind_serve: bool = False,
-        fleet: Fleet | None = None,
+        fleet: ServerFleet | None = None,
         cancel: Cancel | None = None,
     ) -> None:
         metrics = PrometheusMetrics(config.model.served_name)
         engine = make_engine(current_model(config), metrics)
         self.handover = Handover(config, engine, metrics)
+        self.models = ServedModels(config, engine, metrics)
         self.app: FastAPI = create_app(
             config,
             engine,
@@ -50,6 +55,8 @@ class Server:
             runs_engine=False,
             is_behind_serve=is_behind_serve,
             fleet=fleet or self.handover,
+            models=self.models,
+            model_fleet=fleet or self.models,
         )
         self._state: ApiState = self.app.state.api
         self.rpc = Services(self._state, cancel)

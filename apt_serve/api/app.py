@@ -18,6 +18,7 @@ from apt_core.errors import AptError
 from apt_serve.access.authenticator import Authenticator
 from apt_serve.api import (
     admin,
+    admin_models,
     batches,
     chat,
     completions,
@@ -37,6 +38,7 @@ from apt_serve.api.access import AccessMiddleware
 from apt_serve.api.address_limit import AddressLimitMiddleware
 from apt_serve.api.errors import CLIENT_CLOSED_REQUEST, ApiError, RequestTimeoutError, as_api_error
 from apt_serve.api.handover import Fleet, Handover
+from apt_serve.api.leases import LeaseMiddleware
 from apt_serve.api.limited import LimitHeadersMiddleware
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.api.middleware import (
@@ -45,7 +47,9 @@ from apt_serve.api.middleware import (
     LastResortMiddleware,
     RequestIdMiddleware,
 )
-from apt_serve.api.observe import ObserveMiddleware, Observer
+from apt_serve.api.model_fleet import ModelFleet
+from apt_serve.api.observe import ObserveMiddleware, Observer, addressed_model
+from apt_serve.api.served_models import ServedModels
 from apt_serve.api.state import ApiState
 from apt_serve.api.streaming import WEIGHT_VERSION_HEADER
 from apt_serve.config import ServerConfig
@@ -80,6 +84,8 @@ def create_app(
     runs_engine: bool = True,
     is_behind_serve: bool = False,
     fleet: Fleet | None = None,
+    models: ServedModels | None = None,
+    model_fleet: ModelFleet | None = None,
 ) -> FastAPI:
     """The application over an engine.
 
@@ -91,6 +97,8 @@ def create_app(
             ``app.state.api``.
         is_behind_serve: Ray Serve puts request ids on responses by itself.
         fleet: all replicas that new weights go to; None: this one has no others.
+        models: the further models beside the engine's; None: made of the settings.
+        model_fleet: all replicas that load and unload models by hand; None: this one has no others.
 
     Raises:
         ConfigError: the admin token in the environment is too short, a key of access control cannot be read, or the URL
@@ -119,11 +127,25 @@ def create_app(
     fleet = fleet or Handover(config, engine, prometheus)
     limiter = Limiter(config.limits)
     prometheus.watch_limits(limiter)
-    app.state.api = ApiState(config, engine, prometheus, fleet, service, database, access, limiter, observer)
+    models = models or ServedModels(config, engine, prometheus)
+    app.state.api = ApiState(
+        config,
+        engine,
+        prometheus,
+        fleet,
+        service,
+        database,
+        access,
+        limiter,
+        observer,
+        models,
+        model_fleet or models,
+    )
     for module in _ROUTERS:
         app.include_router(module.router)
     if admin_token is not None or access.is_enabled:
         app.include_router(admin.router)
+        app.include_router(admin_models.router)
         app.include_router(keys.router)
     return app
 
@@ -157,12 +179,14 @@ def _middleware(
     layers.append(Middleware(LastResortMiddleware))
     if config.limits.requests_per_minute_per_address is not None:
         layers.append(Middleware(AddressLimitMiddleware, config.limits))
+    innermost = [Middleware(LeaseMiddleware)] if config.models.others else []
     uploads = {"/v1/files": config.jobs.max_file_bytes + _MULTIPART_BYTES}
     return [
         *layers,
         Middleware(AccessMiddleware, access, config.access.public_metrics),
         Middleware(LimitHeadersMiddleware),
         Middleware(BodyLimitMiddleware, config.api.max_body_bytes, uploads),
+        *innermost,
     ]
 
 
@@ -174,7 +198,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         answer.headers = {"Allow": ", ".join(_methods_at(request))}
     state: ApiState = request.app.state.api
     if request.method == "POST":  # a failed health check is no rejected request
-        state.metrics.rejected(answer.reason)
+        state.metrics.rejected(answer.reason, addressed_model())
     return answer.response()
 
 

@@ -26,8 +26,8 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, state: State, caller: Caller
 ) -> Response:
     """Answer a conversation. With `stream` the answer is server-sent events, the last of them `data: [DONE]`."""
-    engine = state.engine_for(caller, body.model)
-    job = await chat_job(engine, body, state.origin(caller, body.cache_salt))
+    engine = await state.engine_of(request, caller, body.model)
+    job = await chat_job(engine, body, state.origin(caller, body.cache_salt, model=body.model))
     num_logprobs = job.requests[0].sampling.logprobs
     formatter = ChatFormatter(
         state.envelope(job), engine.model.tokenizer, ChatOptions(num_logprobs, bool(body.return_token_ids))

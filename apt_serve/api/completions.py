@@ -30,8 +30,8 @@ _NAMES = {"prompt_logprobs": "logprobs", "prompt_token_ids": "prompt"}
 @router.post("/v1/completions", response_model=Completion, responses=GENERATION_ERRORS)
 async def create_completion(body: CompletionRequest, request: Request, state: State, caller: Caller) -> Response:
     """Continue a text. With `stream` the answer is server-sent events, the last of them `data: [DONE]`."""
-    engine = state.engine_for(caller, body.model)
-    job = await completion_job(engine, body, state.origin(caller, body.cache_salt))
+    engine = await state.engine_of(request, caller, body.model)
+    job = await completion_job(engine, body, state.origin(caller, body.cache_salt, model=body.model))
     skip_special_tokens = job.requests[0].sampling.skip_special_tokens
     options = CompletionOptions(bool(body.echo), body.logprobs, skip_special_tokens, bool(body.return_token_ids))
     formatter = CompletionFormatter(state.envelope(job), engine.model.tokenizer, options)

@@ -24,6 +24,7 @@ from apt_serve.engine.client import (
     WeightsReplacedError,
 )
 from apt_serve.limits.limiter import RateLimitedError
+from apt_serve.models.errors import ModelBusyError, ModelInUseError, ModelLoadError, ModelTooLargeError
 from apt_serve.records.database import RecordsError
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(503, str(error), type="server_error", code="weights_replaced", headers=headers)
         case GenerationFailedError():
             return ApiError(500, str(error), type="server_error", code="engine_error")
+        case ModelBusyError() | ModelLoadError() | ModelInUseError():
+            return _from_models(error)
         case AuthenticationError() | PermissionDeniedError() | KeyNotFoundError() | TooManyKeysError():
             return _from_access(error)
         case RecordsError():
@@ -138,6 +141,21 @@ def _from_access(error: AptError) -> ApiError:
             return ApiError(409, str(error), code="too_many_keys")
     headers = {"WWW-Authenticate": "Bearer"}
     return ApiError(401, str(error), type="authentication_error", code="invalid_api_key", headers=headers)
+
+
+def _from_models(error: AptError) -> ApiError:
+    match error:
+        case ModelBusyError():
+            headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+            message, kind = str(error), "overloaded_error"
+            return ApiError(503, message, type=kind, param="model", code="model_busy", headers=headers)
+        case ModelLoadError():
+            # Why may name files: that is for the log and /admin/models. How large it is may be told.
+            message = f"The model {error.name!r} could not be loaded."
+            if isinstance(error, ModelTooLargeError):
+                message = str(error)
+            return ApiError(503, message, type="server_error", param="model", code="model_load_failed")
+    return ApiError(409, str(error), code="model_in_use")
 
 
 def _from_http(error: HTTPException) -> ApiError:

@@ -27,12 +27,12 @@ _NAMES = {"prompt": "text", "prompt_token_ids": "text", "max_tokens": "max_lengt
 async def generate(body: GenerateRequest, request: Request, state: State, caller: Caller) -> Response:
     """Continue a text."""
     began = time.perf_counter()
-    engine = state.engine_for(caller, None)
+    engine = await state.engine_of(request, caller, body.model)
     given = {} if body.temperature is None else {"temperature": body.temperature}
     prompts = await text_prompts(engine.model, body.text, add_special_tokens=True)
     with wire_names(_NAMES):
         sampling = sampling_params(engine.model, given, max_tokens=body.max_length)
-    job = make_job(engine, "gen", prompts, sampling, origin=state.origin(caller), names=_NAMES)
+    job = make_job(engine, "gen", prompts, sampling, origin=state.origin(caller, model=body.model), names=_NAMES)
     batches = run_limited(state, caller, engine, job, limit_headers(request))
     [choice], _ = await collected(request.receive, job, batches)
     answer = GenerateResponse(

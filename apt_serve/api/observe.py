@@ -129,6 +129,19 @@ class ObserveMiddleware:
                 exchange.caller = scope["state"].get("identity")
 
 
+def addressed(model: str) -> None:
+    """Note which of the served models a request is for, before it is known whether that can be had."""
+    exchange = CURRENT.get()
+    if exchange is not None:
+        exchange.model = model
+
+
+def addressed_model() -> str | None:
+    """What was noted; None where nobody follows the request, or it has not come so far."""
+    exchange = CURRENT.get()
+    return None if exchange is None else exchange.model
+
+
 def submitted(caller: Identity, job: Job) -> Exchange | None:
     """Note that a job goes to the engine now. None where nobody follows it."""
     exchange = CURRENT.get()

@@ -43,17 +43,23 @@ class SocketGeneration:
                     yield message
 
     async def _run(self) -> AsyncGenerator[ResponseSchema, None]:
-        engine = self._state.engine_for(self._caller, self._message.model)
-        job = await self._make_job(engine)
-        self._tally = Tally(job)
-        async with aclosing(run_limited(self._state, self._caller, engine, job)) as batches:
-            has_started = False
-            async for batch in batches:
-                if not has_started:
-                    has_started = True
-                    yield self._start(job, batch[0].output.weight_version)
-                for delta in batch:
-                    yield self._tokens_of(engine, delta)
+        async with self._state.using(self._caller, self._message.model) as engine:
+            job = await self._make_job(engine)
+            self._tally = Tally(job)
+            async with aclosing(run_limited(self._state, self._caller, engine, job)) as batches:
+                has_started = False
+                async for batch in batches:
+                    if not has_started:
+                        has_started = True
+                        yield self._start(job, batch[0].output.weight_version)
+                    for delta in batch:
+                        yield self._tokens_of(engine, delta)
+
+    @property
+    def model(self) -> str | None:
+        """The further model that it is for; None: the default one, or one that is not served."""
+        name = self._message.model
+        return name if name in self._state.models.others else None
 
     def finish(self) -> FinishMessage:
         """How the choices ended; one that did not end by itself was cancelled."""
@@ -74,7 +80,7 @@ class SocketGeneration:
             sampling = sampling_params(
                 engine.model, message.given(), max_tokens=message.max_tokens, logprobs=message.logprobs
             )
-        origin = self._state.origin(self._caller, message.cache_salt)
+        origin = self._state.origin(self._caller, message.cache_salt, model=message.model)
         return make_job(engine, "ws", [prompt], sampling, origin=origin, priority=message.priority, names=names)
 
     async def _prompt(self, engine: EngineClient) -> Prompt:

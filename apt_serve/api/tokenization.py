@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from apt_core.errors import InvalidRequestError
 from apt_serve.access.identity import Scope
 from apt_serve.api.access import Caller, needs
 from apt_serve.api.json_route import JsonRoute
-from apt_serve.api.openapi import BODY_ERRORS
+from apt_serve.api.openapi import BODY_ERRORS, errors
 from apt_serve.api.prompts import chat_text, encode
 from apt_serve.api.schemas.simple import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from apt_serve.api.state import State
@@ -17,20 +17,20 @@ from apt_serve.engine.client import ModelInfo
 router = APIRouter(route_class=JsonRoute, tags=["Tokenization"], dependencies=[needs(Scope.INFERENCE)])
 
 
-@router.post("/tokenize", response_model=TokenizeResponse, responses=BODY_ERRORS)
-async def tokenize(body: TokenizeRequest, state: State, caller: Caller) -> Response:
+@router.post("/tokenize", response_model=TokenizeResponse, responses=BODY_ERRORS | errors(503))
+async def tokenize(body: TokenizeRequest, request: Request, state: State, caller: Caller) -> Response:
     """Token ids of a text, or of the prompt that a conversation stands for."""
-    model = state.engine_for(caller, body.model).model
+    model = (await state.engine_of(request, caller, body.model)).model
     text, adds_by_default = _text(model, body)
     add_special_tokens = adds_by_default if body.add_special_tokens is None else body.add_special_tokens
     tokens = await encode(model.tokenizer, text, add_special_tokens=add_special_tokens)
     return TokenizeResponse(count=len(tokens), max_model_len=model.max_model_len, tokens=list(tokens)).response()
 
 
-@router.post("/detokenize", response_model=DetokenizeResponse, responses=BODY_ERRORS)
-async def detokenize(body: DetokenizeRequest, state: State, caller: Caller) -> Response:
+@router.post("/detokenize", response_model=DetokenizeResponse, responses=BODY_ERRORS | errors(503))
+async def detokenize(body: DetokenizeRequest, request: Request, state: State, caller: Caller) -> Response:
     """Text of token ids."""
-    model = state.engine_for(caller, body.model).model
+    model = (await state.engine_of(request, caller, body.model)).model
     for token in body.tokens:
         if token >= model.tokenizer.vocab_size:
             raise InvalidRequestError(f"{token} is not a token of this model", param="tokens")

@@ -196,12 +196,13 @@ class _Session:
         """Say how a generation ended. Its id is free again once that is on its way, not before: this bounds them."""
         await asyncio.wait((streaming,))
         error = None if streaming.cancelled() else streaming.exception()
-        await self._outbox.put(generation.finish() if error is None else self._error(generation_id, error))
+        end = generation.finish() if error is None else self._error(generation_id, error, generation.model)
+        await self._outbox.put(end)
         del self._running[generation_id]
 
-    def _error(self, generation_id: str | None, error: BaseException) -> ErrorMessage:
+    def _error(self, generation_id: str | None, error: BaseException, model: str | None = None) -> ErrorMessage:
         answer = as_api_error(error)
-        self._state.metrics.rejected(answer.reason)
+        self._state.metrics.rejected(answer.reason, model)
         return ErrorMessage(type="error", id=generation_id, error=answer.body().error)
 
 

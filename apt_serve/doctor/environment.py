@@ -91,7 +91,7 @@ def port(http: HttpOptions, grpc: GrpcOptions = NO_GRPC) -> Finding:
 
 def open_files(config: ServerConfig) -> Finding:
     """Whether there are descriptors for as many connections as the engine takes requests."""
-    wanted = config.replicas * (config.model.max_num_seqs + config.model.max_waiting_requests) + EXTRA_FILES
+    wanted = config.replicas * config.max_requests + EXTRA_FILES
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit != resource.RLIM_INFINITY and limit < wanted:
         message = f"{limit} may be open, {wanted} are open with every place in the engine taken"

@@ -18,6 +18,7 @@ def examine(config: ServerConfig, http: HttpOptions, grpc: GrpcOptions = NO_GRPC
         environment.port(http, grpc),
         engine.device(config.model),
         *engine.model(config.model),
+        *(found for other in config.models.others.values() for found in engine.model(other)),
         stores.records(config.records),
         *stores.redis_servers(config),
     ]

@@ -151,6 +151,8 @@ class MemoryNeed:
 
     weights: int
     kv_cache: int
+    num_kv_blocks: int
+    """That the KV cache has."""
     available: int
     """On the device, without either."""
 
@@ -176,7 +178,8 @@ def memory_need(config: EngineConfig, checkpoint: Checkpoint) -> MemoryNeed:
     available = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     left = KVMemory(max(available - weights, 0), default=None)
     num_blocks = num_kv_blocks(config, model_config, kv_dtype, _max_model_len(config, checkpoint.config), left)
-    return MemoryNeed(weights, num_blocks * config.block_size * kv_bytes_per_token(model_config, kv_dtype), available)
+    kv_cache = num_blocks * config.block_size * kv_bytes_per_token(model_config, kv_dtype)
+    return MemoryNeed(weights, kv_cache, num_blocks, available)
 
 
 def _load_rank_of(config: EngineConfig, communicator: Communicator) -> Executor[Any]:

@@ -19,6 +19,7 @@ AsgiApp = Callable[..., Awaitable[None]]
 Headers = Callable[[JobRecord], Mapping[str, str]]
 
 _BROKEN: Final = frozenset({500, 502, 504})
+_MODEL_FAILED: Final = b'"model_load_failed"'
 _MAX_BROKEN = 3
 """Tries of a line whose answer is that the server failed."""
 _FIRST_PAUSE_S = 0.25
@@ -51,7 +52,7 @@ class HttpRunner:
         content, num_broken, pause_s = to_json(body), 0, _FIRST_PAUSE_S
         while True:
             response = await self._post(job, content)
-            num_broken += response is not None and response.status_code in _BROKEN
+            num_broken += response is not None and _is_broken(response)
             if response is not None and not _may_pass(response, num_broken):
                 return _result(line, response)
             wait_s = pause_s if response is None else max(pause_s, _retry_after_s(response))
@@ -99,9 +100,15 @@ def remote_runner(server_url: str, headers: Headers, priority: int | None, concu
     return HttpRunner(httpx.AsyncClient(base_url=server_url, limits=limits, timeout=timeout), headers, priority)
 
 
+def _is_broken(response: httpx.Response) -> bool:
+    """Whether the answer is that the server failed, which it may do again."""
+    # A model that did not load will rarely do so later; all other 503 ask for patience.
+    return response.status_code in _BROKEN or (response.status_code == 503 and _MODEL_FAILED in response.content)
+
+
 def _may_pass(response: httpx.Response, num_broken: int) -> bool:
     """Whether another try may get another answer: a server that has no room now has some later."""
-    if response.status_code in _BROKEN:
+    if _is_broken(response):
         return num_broken < _MAX_BROKEN
     # A limit that a request exceeds by itself is refused without a time at which to come again.
     return response.status_code == 503 or (response.status_code == 429 and "Retry-After" in response.headers)

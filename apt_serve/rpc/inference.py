@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import Final
 
 from apt_serve.api.chat import chat_job
@@ -12,6 +12,7 @@ from apt_serve.api.completions import completion_job
 from apt_serve.api.errors import ApiError
 from apt_serve.api.generation import Batches, Job
 from apt_serve.api.limited import run_limited
+from apt_serve.api.models import engines
 from apt_serve.api.state import ApiState
 from apt_serve.api.streaming import collect
 from apt_serve.api.transcript import Tally, Transcript
@@ -87,8 +88,10 @@ class InferenceService:
 
         async def handle(call: Call) -> ListModelsResponse:
             call.send_trailers()
-            engines = [self._state.engine]
-            return ListModelsResponse(models=[_model(each) for each in engines if call.caller.may_use(each.model.name)])
+            models = [
+                _model(name, engine) for name, engine in engines(self._state).items() if call.caller.may_use(name)
+            ]
+            return ListModelsResponse(models=models)
 
         answer = await self._calls.run(f"/{SERVICE}/ListModels", request, context, handle)
         return answer or ListModelsResponse()
@@ -110,17 +113,15 @@ class InferenceService:
         return self.running.cancel(owner, request_id)
 
     async def _whole(self, call: Call, request: GenerateRequest | ChatRequest) -> Generation:
-        async with self.running.generation(call.caller, call.request_id):
-            engine, job, batches = await self._begin(call, request)
+        async with self._begun(call, request) as (answer, job, batches):
             choices, usage = await collect(job, batches)
         call.send_trailers()
-        return _answer(call, request, engine, job).message(choices, usage)
+        return answer.message(choices, usage)
 
     async def _stream(self, call: Call, request: GenerateRequest | ChatRequest, context: WritingContext) -> None:
         call.exchange.is_streamed = True
-        async with self.running.generation(call.caller, call.request_id):
-            engine, job, batches = await self._begin(call, request)
-            answer, tally = _answer(call, request, engine, job), Tally(job)
+        async with self._begun(call, request) as (answer, job, batches):
+            tally = Tally(job)
             async with aclosing(batches):
                 async for batch in batches:
                     tally.add(batch)
@@ -130,15 +131,20 @@ class InferenceService:
                     call.send_trailers()
                     await self._write(call, context, answer.message(new.choices(), usage))
 
-    async def _begin(self, call: Call, request: GenerateRequest | ChatRequest) -> tuple[EngineClient, Job, Batches]:
-        state, caller = self._state, call.caller
-        engine = state.engine_for(caller, request.model or None)
-        origin = state.origin(caller, request.cache_salt or None)
-        if isinstance(request, ChatRequest):
-            job = await chat_job(engine, chat_body(request), origin)
-        else:
-            job = await completion_job(engine, completion_body(request), origin)
-        return engine, job, run_limited(state, caller, engine, job, call.limits)
+    @asynccontextmanager
+    async def _begun(
+        self, call: Call, request: GenerateRequest | ChatRequest
+    ) -> AsyncIterator[tuple[Answer, Job, Batches]]:
+        """What a call asks for, while it may be cancelled by its id and its model stays loaded."""
+        state, caller, model = self._state, call.caller, request.model or None
+        async with self.running.generation(caller, call.request_id), state.using(caller, model) as engine:
+            origin = state.origin(caller, request.cache_salt or None, model=model)
+            if isinstance(request, ChatRequest):
+                job = await chat_job(engine, chat_body(request), origin)
+            else:
+                job = await completion_job(engine, completion_body(request), origin)
+            answer = Answer(call.request_id, job, engine.model.tokenizer, shows_prompt=request.return_prompt_token_ids)
+            yield answer, job, run_limited(state, caller, engine, job, call.limits)
 
     async def _write(self, call: Call, context: WritingContext, message: Generation) -> None:
         """Send a message, if the client reads.
@@ -156,16 +162,15 @@ class InferenceService:
         call.wrote()
 
 
-def _answer(call: Call, request: GenerateRequest | ChatRequest, engine: EngineClient, job: Job) -> Answer:
-    return Answer(call.request_id, job, engine.model.tokenizer, shows_prompt=request.return_prompt_token_ids)
-
-
-def _model(engine: EngineClient) -> Model:
+def _model(name: str, engine: EngineClient | None) -> Model:
+    if engine is None:
+        return Model(name=name)
     model = engine.model
     return Model(
-        name=model.name,
+        name=name,
         created=model.created,
         max_model_len=model.max_model_len,
         weight_version=model.weight_version,
         has_chat_template=model.tokenizer.has_chat_template,
+        loaded=True,
     )

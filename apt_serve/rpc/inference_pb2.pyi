@@ -595,6 +595,7 @@ class Model(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     WEIGHT_VERSION_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    LOADED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     created: _builtins.int
     """Unix seconds at which it was loaded."""
@@ -603,6 +604,8 @@ class Model(_message.Message):
     weight_version: _builtins.str
     """Of the weights that new requests start on."""
     has_chat_template: _builtins.bool
+    loaded: _builtins.bool
+    """A further model that is not is loaded by the first request for it; until then only its name is known."""
     def __init__(
         self,
         *,
@@ -611,10 +614,11 @@ class Model(_message.Message):
         max_model_len: _builtins.int = ...,
         weight_version: _builtins.str = ...,
         has_chat_template: _builtins.bool = ...,
+        loaded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "has_chat_template", b"has_chat_template", "max_model_len", b"max_model_len", "name", b"name", "weight_version", b"weight_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "has_chat_template", b"has_chat_template", "loaded", b"loaded", "max_model_len", b"max_model_len", "name", b"name", "weight_version", b"weight_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

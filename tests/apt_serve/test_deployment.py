@@ -346,3 +346,43 @@ def test_cancel_reaches_the_replica_that_generates(tmp_path: Path) -> None:
                 with pytest.raises(grpc.RpcError) as caught:
                     list(call)
                 assert caught.value.code() == grpc.StatusCode.CANCELLED
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_models_are_loaded_and_unloaded_on_every_replica(tmp_path: Path) -> None:
+    small = {"num_kv_blocks": 600, "dtype": "float32"}
+    config = yaml.safe_load(CONFIG_FILE.read_text(encoding="utf-8"))
+    port = config["http_options"]["port"] = free_port()
+    args = config["applications"][0]["args"]
+    args |= {"replicas": 2, "admin": {"token": "correct-horse-battery-staple"}}
+    args["model"] |= small | {"source": str(base_folder(tmp_path / "a")), "num_threads": 1}
+    args["models"]["others"] = {"b": small | {"source": str(base_folder(tmp_path / "b"))}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    url = f"http://127.0.0.1:{port}"
+    headers = {"Authorization": "Bearer correct-horse-battery-staple"}
+
+    def states(name: str) -> list[str]:
+        replicas = httpx.get(f"{url}/admin/models", headers=headers, timeout=30).json()["replicas"]
+        return [model["state"] for replica in replicas for model in replica["models"] if model["name"] == name]
+
+    def wait_for(expected: list[str]) -> None:
+        deadline = time.monotonic() + 120
+        while states("b") != expected:
+            assert time.monotonic() < deadline, states("b")
+            time.sleep(0.2)
+
+    with started("python", "-m", "apt_serve", "start", "--config", str(tmp_path / "config.yaml")) as process:
+        wait_ready(url, process)
+        wait_for(["not_loaded"] * 2)
+        assert httpx.post(f"{url}/admin/models/b/load", headers=headers, timeout=60).status_code == 202
+        wait_for(["loaded"] * 2)
+        answers = [
+            httpx.post(f"{url}/v1/completions", json={"model": "b", "prompt": [5, 6], "max_tokens": 1}, timeout=60)
+            for _ in range(8)
+        ]
+        assert {(answer.status_code, answer.json()["model"]) for answer in answers} == {(200, "b")}
+        answer = httpx.post(f"{url}/admin/models/b/unload", headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert states("b") == ["not_loaded"] * 2
+        assert states("a") == ["loaded"] * 2

@@ -16,6 +16,7 @@ class GenerateRequest(RequestSchema):
 
     model_config = example(text="The capital of France is", max_length=16, temperature=0)
 
+    model: str | None = None
     text: str
     max_length: int = Field(128, ge=1, description="Most tokens to generate.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the most likely token.")
@@ -39,9 +40,12 @@ class ModelCard(ResponseSchema):
     object: str
     created: int
     owned_by: str
-    max_model_len: int
-    weight_version: str
-    """Of the weights that new requests start on."""
+    max_model_len: int | None
+    """Null while it is not loaded."""
+    weight_version: str | None
+    """Of the weights that new requests start on; null while it is not loaded."""
+    loaded: bool
+    """Or else its next request waits until it is."""
 
 
 class ModelList(ResponseSchema):
@@ -55,10 +59,12 @@ class ModelSummary(ResponseSchema):
     """A served model, for people."""
 
     name: str
-    max_model_len: int
-    weight_version: str
-    vocab_size: int
-    has_chat_template: bool
+    loaded: bool
+    """What is null or empty is not known while it is not."""
+    max_model_len: int | None
+    weight_version: str | None
+    vocab_size: int | None
+    has_chat_template: bool | None
     capabilities: list[str]
 
 

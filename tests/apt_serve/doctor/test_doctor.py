@@ -24,8 +24,10 @@ from apt_core.checkpoint import locate
 from apt_serve.config import ServerConfig
 from apt_serve.config_file import HttpOptions
 from apt_serve.doctor import engine, environment, stores
+from apt_serve.doctor.examine import examine
 from apt_serve.doctor.finding import Finding, Level
 from apt_serve.engine.config import EMBEDDED_MODEL, EngineConfig
+from apt_serve.models.config import ModelsConfig
 from apt_serve.records.config import SQLITE_FILE, RecordsConfig
 from apt_serve.records.database import SCHEMA_VERSION
 from benchmarks.serve.launch import free_port
@@ -161,6 +163,12 @@ def test_a_damaged_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     [found] = engine.model(EngineConfig(source=str(tmp_path)))
     expect(found, Level.PROBLEM, "config.json")
+
+
+def test_further_models_are_looked_at_too(tmp_path: Path) -> None:
+    models = ModelsConfig(others={"b": EngineConfig(source=str(tmp_path / "absent"))})
+    found = examine(ServerConfig(models=models), HttpOptions())
+    assert [each.level for each in found if "absent" in each.message] == [Level.PROBLEM]
 
 
 def test_a_gguf_that_was_cut(tmp_path: Path) -> None:
