@@ -140,7 +140,7 @@ class Calls:
                 raise
             except Exception as error:
                 status = as_status(error, names)
-                self._state.metrics.rejected(status.reason)
+                self._state.metrics.rejected(status.reason, exchange.model)
                 call.fail(status)
                 return None
             exchange.status = 200

@@ -252,6 +252,7 @@ def wait_ready(url: str, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("start", [apt_serve_start, serve_run])
 def test_on_sigterm_running_streams_finish_and_new_requests_are_refused(start: Start, tmp_path: Path) -> None:

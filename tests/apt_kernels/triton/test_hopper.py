@@ -13,6 +13,8 @@ import pytest
 
 import apt_kernels
 
+pytestmark = pytest.mark.timeout(600)
+
 MAX_SHARED = 227 * 1024
 """Bytes a program may have on that GPU."""
 
@@ -27,7 +29,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, di
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
     }
     script = Path(__file__).with_name("hopper.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=150, env=environment)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     kernels: dict[str, dict[str, dict[str, Any]]] = json.loads(done.stdout)
     return kernels

@@ -352,7 +352,7 @@ def test_a_trace_continues_the_callers(tmp_path: Path, collector: Collector) -> 
         returned = str(trailers(stream)["traceparent"])
     trace_id, parent_id = PARENT.split("-")[1:3]
     spans = {span.name: span for span in collector.spans if span.trace_id.hex() == trace_id}
-    assert set(spans) == {"GRPC /apt.v1.Inference/GenerateStream", "admission", "first_token", "decode"}
+    assert set(spans) == {"GRPC /apt.v1.Inference/GenerateStream", "admission", "queue", "prefill", "decode"}
     whole = spans["GRPC /apt.v1.Inference/GenerateStream"]
     assert whole.parent_span_id.hex() == parent_id
     assert returned.split("-")[1:3] == [trace_id, whole.span_id.hex()]
