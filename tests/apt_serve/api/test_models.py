@@ -204,6 +204,7 @@ def test_a_model_that_streams_is_not_evicted(narrow: ServerConfig, tiny: TinyMod
             assert served.text("a") == tiny.answers["a"]
             assert [line for line in lines if line][-1] == "data: [DONE]"
         served.wait_idle()
+        wait_until(lambda: served.complete("c").status_code == 200)  # a load may take longer than a request waits here
         assert served.text("c") == tiny.answers["c"]
         assert served.loaded() == {"a", "c"}
 
