@@ -1,4 +1,4 @@
-"""What a server computes from quantized weights, in float32: the specification that its kernels round."""
+"""What a server computes from quantized weights, in float32 or float64: the specification that its kernels round."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from apt_core.quantization.int8 import LARGEST as LARGEST_INT8
 
 
 def rounded_inputs(x: torch.Tensor, weight: StoredWeight) -> torch.Tensor:
-    """x [T, in] as a layer with this weight sees it, in float32."""
-    x = x.float()
+    """x [T, in] as a layer with this weight sees it, in float32; in float64 if x is."""
+    x = x if x.dtype == torch.float64 else x.float()
     if isinstance(weight, Float8Weight):
         scales = _scales(x, LARGEST_FLOAT8)
-        return (x / scales).to(torch.float8_e4m3fn).float() * scales
+        return (x / scales).to(torch.float8_e4m3fn).to(x.dtype) * scales
     if isinstance(weight, Int8Tensor) and weight.has_int8_inputs:
-        scales = _scales(x, LARGEST_INT8) if weight.input_scale is None else torch.tensor(weight.input_scale)
+        scales = (
+            _scales(x, LARGEST_INT8) if weight.input_scale is None else torch.tensor(weight.input_scale, dtype=x.dtype)
+        )
         return (x / scales).round().clamp(-LARGEST_INT8 - 1, LARGEST_INT8) * scales
     return x
 
@@ -33,10 +35,12 @@ def _scales(x: torch.Tensor, largest: float) -> torch.Tensor:
 class SimulatedLinear(nn.Module):
     """A linear layer with a dequantized weight and rounded inputs."""
 
+    weight: torch.Tensor
+
     def __init__(self, stored: StoredWeight, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.stored = stored
-        self.weight = stored.dequantize()
+        self.register_buffer("weight", stored.dequantize(), persistent=False)
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
