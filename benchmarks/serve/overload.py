@@ -4,7 +4,8 @@ First a ramp finds the peak: the most good requests per second of a closed loop.
 it, and at once the closed loop of the peak again. Goodput is that of benchmarks.serve.load.
 
 The queue is short here (--waiting): under lasting overload every request that is let in waits for all of it, so it must
-not be longer than what is served within the objective. The KV cache's memory is taken as it is first written.
+not be longer than what is served within the objective. The KV cache is small, for its memory is taken as it is first
+written: the ramp writes all of it, and what memory grows by from then on is the overload's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shlex
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -35,29 +37,31 @@ def main() -> None:
     """Run the phases and print what each saw."""
     args = _parse()
     objectives = Objectives(args.ttft_objective, args.itl_objective)
-    flags = [f"--model.max_waiting_requests={args.waiting}", f"--model.max_num_seqs={args.running}", *args.server]
+    flags = [f"--model.max_waiting_requests={args.waiting}", f"--model.max_num_seqs={args.running}"]
+    flags += ["--model.kv_cache_gib=0.1", "--model.max_model_len=2048", *args.server]
     with started(args.runner, flags) as server, watched(server.process.pid) as samples:
-        phases = asyncio.run(_phases(server.url, args, objectives))
+        phases, calm_until_s = asyncio.run(_phases(server.url, args, objectives))
     print(describe())
     print(f"server    {args.runner} {shlex.join(flags)}")
     print(f"traffic   {TRAFFIC}")
     print(f"good      first token within {objectives.ttft_s:g} s, {objectives.itl_s * 1e3:g} ms between later ones\n")
     print_table(HEADS, [_row(name, observed, objectives) for name, observed in phases.items()])
-    _conclude(phases, samples, objectives)
+    _conclude(phases, samples, calm_until_s, objectives)
 
 
-async def _phases(url: str, args: argparse.Namespace, objectives: Objectives) -> dict[str, Observed]:
+async def _phases(url: str, args: argparse.Namespace, objectives: Objectives) -> tuple[dict[str, Observed], float]:
+    """What each phase saw, and when the overload began (``time.monotonic``)."""
     phases: dict[str, Observed] = {}
     async with client(url, TRAFFIC) as sends:
         await sends.closed_loop(4, 3.0, "warm-up")
         for users in args.ramp:
             phases[f"{users} users"] = await sends.closed_loop(users, args.ramp_seconds, f"ramp {users}")
         peak_users, peak = _peak(phases, objectives)
-        rate = args.factor * peak
+        rate, calm_until_s = args.factor * peak, time.monotonic()
         phases[f"{args.factor:g}x: {rate:.1f}/s"] = await sends.open_loop(rate, args.seconds, "overload")
         phases["alone"] = await _alone(sends)
         phases[f"{peak_users} again"] = await sends.closed_loop(int(peak_users.split()[0]), args.ramp_seconds, "after")
-    return phases
+    return phases, calm_until_s
 
 
 async def _alone(sends: Client) -> Observed:
@@ -114,7 +118,9 @@ def _p50_p99(seconds: Sequence[float]) -> str:
     return f"{percentile(seconds, 0.5) * 1e3:.0f} / {percentile(seconds, 0.99) * 1e3:.0f}" if seconds else "-"
 
 
-def _conclude(phases: dict[str, Observed], samples: Sequence[Sample], objectives: Objectives) -> None:
+def _conclude(
+    phases: dict[str, Observed], samples: Sequence[Sample], calm_until_s: float, objectives: Objectives
+) -> None:
     *ramp, overload, _, after = phases.values()
     peak = max(_goodput(observed, objectives) for observed in ramp)
     kept, recovered = _goodput(overload, objectives) / peak, _goodput(after, objectives) / peak
@@ -127,8 +133,12 @@ def _conclude(phases: dict[str, Observed], samples: Sequence[Sample], objectives
         print(f"refusals' p99            {p99 * 1e3:.0f} ms (bar {REFUSAL_BAR_S * 1e3:.0f} ms)")
         print(f"refusals                 {dict(Counter(refusal.status for refusal in refusals))}")
     print(f"goodput right afterwards {recovered:.0%} of the peak's")
-    memory = [sample.memory_mib for sample in samples]
-    print(f"memory                   {memory[0]:.0f} MiB at first, {max(memory):.0f} at most, {memory[-1]:.0f} at last")
+    calm = [sample.memory_mib for sample in samples if sample.at_s < calm_until_s]
+    later = [sample.memory_mib for sample in samples if sample.at_s >= calm_until_s]
+    print(
+        f"memory                   {calm[0]:.0f} MiB at first, {calm[-1]:.0f} before the overload, "
+        f"{max(later):.0f} at most from then on, {later[-1]:.0f} at last"
+    )
 
 
 def _parse() -> argparse.Namespace:
