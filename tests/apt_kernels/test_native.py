@@ -420,7 +420,7 @@ def test_threads_that_call_at_the_same_time_take_turns():
 
 
 def _run_python(code, **environment):
-    packages = [str(Path(ops.__file__).parents[1])]
+    packages = [str(Path(ops.__file__).parents[2])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(packages)} | environment
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=120

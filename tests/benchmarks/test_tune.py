@@ -12,17 +12,7 @@ import torch
 from apt_core.checkpoint.hf_config import parse_model_config
 from apt_core.document import Document
 from apt_kernels import ops
-from apt_kernels.triton import (
-    activation,
-    cross_entropy,
-    norm,
-    packed,
-    paged_attention,
-    rope_store,
-    sampling,
-    tuning,
-    varlen_attention,
-)
+from apt_kernels.triton import tuning
 from apt_kernels.triton.launch import INTERPRETED
 from apt_kernels.triton.tuning import Config
 from benchmarks.engine.batching import TINY
@@ -33,6 +23,7 @@ from benchmarks.kernels.sizes import Sizes
 from benchmarks.kernels.tunable import TUNABLE
 from benchmarks.kernels.tune import Task, Tuner, is_close, tasks
 from benchmarks.machine import CPU
+from tests.apt_kernels.triton.as_on_gpu import take_for_gpu
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs interpreted kernels on a processor")
 
@@ -50,25 +41,12 @@ SIZES = Sizes(
     loss_tokens=(3,),
     samples=(2,),
 )
-MODULES = {
-    "triton_activation": activation,
-    "triton_cross_entropy": cross_entropy,
-    "triton_norm": norm,
-    "triton_packed": packed,
-    "triton_attention": paged_attention,
-    "triton_rope_store": rope_store,
-    "triton_sampling": sampling,
-    "triton_varlen_attention": varlen_attention,
-}
 
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The public ops take this processor for a GPU, and tables lie elsewhere."""
-    monkeypatch.setattr(ops, "_is_on_gpu", lambda x: True)
-    monkeypatch.setattr(ops, "_is_native", lambda x, *others: False)
-    for name, module in MODULES.items():
-        monkeypatch.setattr(ops, name, module, raising=False)
+    take_for_gpu(monkeypatch)
     monkeypatch.setattr(tuning, "FOLDER", tmp_path / "tuned")
     monkeypatch.setattr(tune, "num_inputs", lambda num_bytes, device: 1)
     tuning.stored.cache_clear()

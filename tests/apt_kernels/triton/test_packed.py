@@ -5,8 +5,10 @@ import torch
 
 from apt_kernels import ops, reference
 from apt_kernels.cpu.linear import PlainWeight
-from apt_kernels.triton import linear_fp8, packed, sampling
+from apt_kernels.ops import backends
+from apt_kernels.triton import linear_fp8, packed
 from apt_kernels.triton.launch import INTERPRETED
+from tests.apt_kernels.triton.as_on_gpu import take_for_gpu
 from tests.apt_kernels.triton.linear_cases import DEVICE, assert_close, make_bias, make_float8_x, make_x
 
 
@@ -14,10 +16,7 @@ from tests.apt_kernels.triton.linear_cases import DEVICE, assert_close, make_bia
 def gpu(monkeypatch):
     """Where there is none, `ops` takes this machine for one, and kernels are interpreted."""
     if INTERPRETED:
-        monkeypatch.setattr(ops, "_is_on_gpu", lambda x: True)
-        monkeypatch.setattr(ops, "_is_native", lambda *_: False)
-        monkeypatch.setattr(ops, "triton_packed", packed, raising=False)
-        monkeypatch.setattr(ops, "triton_sampling", sampling, raising=False)
+        take_for_gpu(monkeypatch)
 
 
 def make_int8(num_out=50, num_in=192):
@@ -89,7 +88,7 @@ def test_inputs_and_weights_may_lie_in_any_way():
 
 def test_tokens_are_chosen_by_the_kernels(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(ops, "_is_triton", lambda *_: True)
+        monkeypatch.setattr(backends, "is_triton", lambda *_: True)
     logits = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE).T
     ones, ids = torch.ones(3, device=DEVICE), torch.tensor([5, 0, 299], device=DEVICE)
     parameters = {
@@ -115,6 +114,6 @@ def test_arguments_that_do_not_fit_are_named(monkeypatch):
     ]:
         with pytest.raises(ValueError, match=message):
             ops.pack_float8_weight(*args)
-    monkeypatch.setattr(ops, "_is_on_gpu", lambda x: False)
+    monkeypatch.setattr(backends, "is_on_gpu", lambda x: False)
     with pytest.raises(ValueError, match="weight must be on a CUDA device"):
         ops.pack_float8_weight(weight, torch.ones(50, device=DEVICE))

@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apt_kernels import ops, reference
-from apt_kernels.triton import activation, cross_entropy, norm, varlen_attention
+from apt_kernels.ops import backends
 from apt_kernels.triton.launch import INTERPRETED
+from tests.apt_kernels.triton.as_on_gpu import give_triton
 from tests.apt_kernels.triton.training_cases import DEVICE, differentiate, normal
 
 CU_SEQLENS = torch.tensor([0, 3, 8], dtype=torch.int32, device=DEVICE)
@@ -30,10 +31,8 @@ CASES = {
 def on_triton(monkeypatch):
     """As on a GPU; interpreted, the kernels take a processor's tensors."""
     if INTERPRETED:
-        monkeypatch.setattr(ops, "_is_triton", lambda x, *others: x.dtype in ops.TRITON_DTYPES)
-        modules = {"activation": activation, "cross_entropy": cross_entropy, "norm": norm}
-        for name, module in {**modules, "varlen_attention": varlen_attention}.items():
-            monkeypatch.setattr(ops, f"triton_{name}", module, raising=False)
+        give_triton(monkeypatch)
+        monkeypatch.setattr(backends, "is_triton", lambda x, *others: x.dtype in ops.TRITON_DTYPES)
 
 
 class Called(TorchDispatchMode):

@@ -22,7 +22,7 @@ torch.version.cuda = "13.0"  # before ops decides whether to import Triton
 from apt_core.kv_cache import allocate_kv_cache  # noqa: E402
 from apt_core.models.decoder import pack_linears  # noqa: E402
 from apt_core.quantization import WeightPrecision  # noqa: E402
-from apt_kernels import ops  # noqa: E402
+from apt_kernels.ops import backends  # noqa: E402
 from apt_kernels.triton import launch, linear_tile, paged_attention_cut  # noqa: E402
 from apt_serve.engine.cuda_graph import PaddedForward  # noqa: E402
 from apt_serve.engine.model_runner import ModelRunner  # noqa: E402
@@ -152,8 +152,8 @@ def main() -> None:
     launch.INTERPRETED = True  # so that tensors on a processor pass for a GPU's
     for module in (paged_attention_cut, linear_tile):
         module.num_processors = lambda _: 132  # type: ignore[attr-defined]
-    ops._is_on_gpu = lambda _: True  # type: ignore[assignment]
-    ops._is_native = lambda *_: False  # type: ignore[assignment]
+    backends.is_on_gpu = lambda _: True  # type: ignore[assignment]
+    backends.is_native = lambda *_: False  # type: ignore[assignment]
     for case in CASES:
         runner = runner_of(case)
         warm = kernels_of(partial(warm_up, runner))
