@@ -7,14 +7,12 @@ import asyncio
 import time
 from datetime import UTC, datetime
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from apt_core.errors import ConfigError
 from apt_serve.access.authenticator import Authenticator
 from apt_serve.access.identity import Scope
 from apt_serve.access.key_store import KeyGrant, KeyRecord
 from apt_serve.config import ServerConfig
-from apt_serve.records.database import Database, RecordsError
+from apt_serve.records.database import Database
 
 DAY_S = 86400.0
 
@@ -44,8 +42,6 @@ async def _run(options: argparse.Namespace, config: ServerConfig) -> int:
             case "list":
                 for record in await access.list_keys(options.owner):
                     print(_line(record))
-    except (SQLAlchemyError, OSError) as error:
-        raise RecordsError(f"the records do not answer: {error}") from error
     finally:
         await database.close()
     return 0

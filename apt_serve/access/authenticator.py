@@ -8,8 +8,6 @@ import time
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from apt_serve.access.config import AccessConfig
 from apt_serve.access.errors import INVALID, AuthenticationError, PermissionDeniedError
 from apt_serve.access.identity import LOCAL, Identity, Scope
@@ -19,7 +17,7 @@ from apt_serve.access.keys import ApiKey, read_pepper
 from apt_serve.access.revocations import Revocations
 from apt_serve.access.tokens import MAX_TOKEN_BYTES, TokenVerifier
 from apt_serve.records.config import RecordsConfig
-from apt_serve.records.database import Database, RecordsError
+from apt_serve.records.database import Database
 
 _MAX_CACHED = 4096
 _ADMIN = Identity("admin", frozenset(Scope))
@@ -129,10 +127,7 @@ class Authenticator:
         if key is None:
             assert self._tokens is not None
             return self._tokens.identity(bearer)
-        try:
-            record = await self._keys.find(key.id)
-        except (SQLAlchemyError, OSError) as error:
-            raise RecordsError("The records of API keys do not answer.") from error
+        record = await self._keys.find(key.id)
         is_known = record is not None and key.has_digest(record.digest, self._own_pepper())
         if record is None or not is_known or not record.is_live(time.time()):
             raise _nobody()

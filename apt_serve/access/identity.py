@@ -32,6 +32,8 @@ class Identity:
     """One of the configured classes, whose limits hold for it and which metrics are labelled by."""
     expires_at: float | None = None
     """Unix seconds from which it proves nothing any more."""
+    is_job: bool = False
+    """Whether the server itself asks, for a batch or job of the owner."""
 
     def may(self, scope: Scope) -> bool:
         """Whether it has a scope."""

@@ -50,7 +50,7 @@ def read_job_token(token: str, pepper: bytes) -> Identity:
     if claims["e"] < time.time() - _LEEWAY_S:
         raise AuthenticationError(INVALID)
     models = None if claims["m"] is None else frozenset(claims["m"])
-    return Identity(claims["o"], frozenset({Scope.INFERENCE}), models=models, tenant_class=claims["c"])
+    return Identity(claims["o"], frozenset({Scope.INFERENCE}), models=models, tenant_class=claims["c"], is_job=True)
 
 
 def _signature(payload: str, pepper: bytes) -> str:

@@ -73,7 +73,7 @@ class KeyRecord:
 class KeyStore:
     """Creates, finds and ends keys.
 
-    Every method raises RecordsError or sqlalchemy's errors where the database does not answer.
+    Every method raises RecordsError where the database does not answer.
     """
 
     def __init__(self, database: Database) -> None:

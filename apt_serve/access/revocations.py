@@ -9,8 +9,6 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from apt_serve.access.errors import AuthenticationError
 from apt_serve.access.identity import Identity
 from apt_serve.access.key_store import KeyStore
@@ -92,7 +90,7 @@ class Revocations:
             began = time.time()
             try:
                 self.end(await self._keys.revoked_since(since - _OVERLAP_S))
-            except (SQLAlchemyError, RecordsError, OSError) as error:
+            except RecordsError as error:
                 if not is_failing:
                     logger.error("revoked keys cannot be asked for: %s", error)
                 is_failing = True

@@ -106,6 +106,8 @@ def _text(value: object) -> str:
 
 
 def _owner(value: object) -> str:
-    if not 0 < len(_text(value)) <= 128:
+    owner = _text(value)
+    # PostgreSQL has no texts with NUL or half a surrogate pair.
+    if not 0 < len(owner) <= 128 or not owner.isprintable():
         raise ValueError("no owner")
-    return _text(value)
+    return owner

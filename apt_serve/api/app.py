@@ -32,6 +32,7 @@ from apt_serve.api import (
     openapi,
     tokenization,
     unavailable,
+    usage,
     websocket,
 )
 from apt_serve.api.access import AccessMiddleware
@@ -57,6 +58,8 @@ from apt_serve.engine.client import EngineClient
 from apt_serve.jobs.service import JobService
 from apt_serve.limits.limiter import RATE_LIMIT_HEADERS, Limiter
 from apt_serve.records.database import Database
+from apt_serve.usage.ledger import UsageLedger
+from apt_serve.usage.store import UsageStore
 
 _ROUTERS = (
     completions,
@@ -137,6 +140,7 @@ def create_app(
         database,
         access,
         limiter,
+        UsageLedger(UsageStore(database), access.is_enabled),
         observer,
         models,
         model_fleet or models,
@@ -147,6 +151,8 @@ def create_app(
         app.include_router(admin.router)
         app.include_router(admin_models.router)
         app.include_router(keys.router)
+    if access.is_enabled:
+        app.include_router(usage.router)
     return app
 
 

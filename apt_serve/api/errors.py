@@ -101,7 +101,9 @@ def as_api_error(error: BaseException) -> ApiError:
             return _from_access(error)
         case RecordsError():
             headers = {"Retry-After": "1"}
-            return ApiError(503, str(error), type="server_error", code="records_unavailable", headers=headers)
+            logger.error("%s", error)  # it may name hosts and folders, which are none of the client's business
+            message = "The server's records are not available."
+            return ApiError(503, message, type="server_error", code="records_unavailable", headers=headers)
         case RequestTimeoutError():
             return ApiError(504, str(error), type="timeout_error", code="request_timeout")
         case HTTPException():

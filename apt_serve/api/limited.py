@@ -62,6 +62,8 @@ async def run_limited(
     finally:
         if exchange is not None:
             observe.ended(exchange, job)
+        if num_used:
+            state.usage.note(caller, job.model, tally.used())
         if not is_settled:
             await limiter.settle(reservation, num_used)
 

@@ -31,6 +31,7 @@ from apt_serve.engine.client import EngineClient
 from apt_serve.jobs.service import JobService
 from apt_serve.limits.limiter import Limiter
 from apt_serve.records.database import Database
+from apt_serve.usage.ledger import UsageLedger
 
 
 class Phase(StrEnum):
@@ -57,6 +58,8 @@ class ApiState:
     access: Authenticator
     limiter: Limiter
     """How much callers may take."""
+    usage: UsageLedger
+    """What they have taken."""
     observer: Observer
     """Told of every request that has ended."""
     models: ServedModels
@@ -68,6 +71,7 @@ class ApiState:
     async def start(self) -> None:
         """Load the model and make ready."""
         self.access.start()
+        self.usage.start()
         await self.engine.start()
         await self.models.start()
         self.phase = Phase.READY
@@ -81,6 +85,7 @@ class ApiState:
         await asyncio.gather(self.engine.stop(grace_s), self.models.stop(grace_s))
         await self.access.stop()
         await self.limiter.close()
+        await self.usage.stop()
         await self.database.close()
         await self.observer.close()
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from apt_serve.api.generation import ChoiceDelta, Job
 from apt_serve.api.schemas.common import PromptTokensDetails, Usage
+from apt_serve.usage.records import Usage as UsedTokens
 
 
 class Tally:
@@ -32,13 +33,22 @@ class Tally:
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.num_completion_tokens,
             total_tokens=self.num_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._cached.values())),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.num_cached_tokens),
         )
+
+    def used(self) -> UsedTokens:
+        """The counts so far, for the records."""
+        return UsedTokens(1, self.num_prompt_tokens, self.num_cached_tokens, self.num_completion_tokens)
 
     @property
     def num_tokens(self) -> int:
         """Of prompts and answers, so far."""
         return self.num_prompt_tokens + self.num_completion_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompts, found in the prefix cache."""
+        return sum(self._cached.values())
 
     @property
     def is_complete(self) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 import redis
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
 
 from apt_serve.doctor.environment import is_writable
 from apt_serve.doctor.finding import Finding, ok, problem, warning
@@ -30,7 +29,7 @@ def records(config: RecordsConfig) -> Finding:
         return ok("records", f"{config.path} is made when something is first kept")
     try:
         asyncio.run(_open(config))
-    except (RecordsError, SQLAlchemyError, OSError) as error:
+    except RecordsError as error:
         reason = str(error).splitlines()[0]
         return problem("records", f"{_shown(config)}: {reason}", "check records.url and records.folder")
     if shutil.disk_usage(config.path if config.path.exists() else "/").free < LOW_DISK_BYTES:

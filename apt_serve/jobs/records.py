@@ -165,6 +165,7 @@ class JobRecord:
             frozenset({Scope.INFERENCE}),
             models=None if models is None else frozenset(models),
             tenant_class=self.identity["tenant_class"],
+            is_job=True,
         )
 
 

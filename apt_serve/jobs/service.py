@@ -7,8 +7,6 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from apt_serve.jobs.config import JobsConfig
 from apt_serve.jobs.file_store import FileStore
 from apt_serve.jobs.job_store import JobStore
@@ -97,7 +95,7 @@ class JobService:
                 if self._database.exists:
                     did_something = await step()
                 is_failing = False
-            except (SQLAlchemyError, RecordsError, OSError) as error:
+            except (RecordsError, OSError) as error:
                 if not is_failing:
                     logger.error("jobs wait, as the records cannot be used: %s", error)
                 is_failing = True

@@ -8,8 +8,6 @@ import time
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from apt_serve.jobs.config import JobsConfig
 from apt_serve.jobs.file_store import FileStore
 from apt_serve.jobs.job_store import Claim, JobStore, LeaseLostError
@@ -17,6 +15,7 @@ from apt_serve.jobs.lines import Line, Problem, find_problems, read_lines
 from apt_serve.jobs.output import OutputFiles
 from apt_serve.jobs.records import JobRecord, Kind, LineResult, State
 from apt_serve.jobs.runner import LineRunner
+from apt_serve.records.database import RecordsError
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ class Worker:
         except LeaseLostError as error:
             logger.warning("%s", error)
         except asyncio.CancelledError:
-            with suppress(LeaseLostError, SQLAlchemyError):
+            with suppress(LeaseLostError, RecordsError):
                 await asyncio.shield(self._store.release(claim))
             raise
         except Exception:  # its lease runs out, and it is tried again

@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, insert, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as NoConnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from apt_core.errors import AptError
@@ -19,6 +20,10 @@ SCHEMA_VERSION = 1
 METADATA = MetaData()
 """Every table of APT's: each lives in the room that uses it."""
 _VERSION = Table("apt_schema", METADATA, Column("version", Integer, primary_key=True, autoincrement=False))
+
+
+_MAX_ATTEMPTS = 20
+"""At making the tables: there are fewer to meet another process at."""
 
 
 class RecordsError(AptError):
@@ -43,12 +48,14 @@ class Database:
         """A transaction: committed at the end, undone by an exception.
 
         Raises:
-            RecordsError: its tables are those of a newer APT.
-            sqlalchemy.exc.SQLAlchemyError: it does not answer.
+            RecordsError: it does not answer, or its tables are those of a newer APT.
         """
-        engine = await self._opened()
-        async with engine.begin() as connection:
-            yield connection
+        try:
+            engine = await self._opened()
+            async with engine.begin() as connection:
+                yield connection
+        except (OperationalError, InterfaceError, NoConnectionError) as error:
+            raise RecordsError(f"the records do not answer: {_reason(error)}") from error
 
     async def close(self) -> None:
         """Give all connections back."""
@@ -61,8 +68,7 @@ class Database:
             if self._engine is None:
                 engine = self._connect()
                 try:
-                    async with engine.begin() as connection:
-                        await connection.run_sync(METADATA.create_all)
+                    await _make_tables(engine)
                     await _require_version(engine)
                 except BaseException:
                     await engine.dispose()
@@ -73,7 +79,10 @@ class Database:
     def _connect(self) -> AsyncEngine:
         if self._config.url is not None:
             return create_async_engine(self._config.url, pool_pre_ping=True)
-        self._config.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._config.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordsError(f"the folder of records cannot be made: {error}") from error
         engine = create_async_engine(self._config.database_url)
         _prepare_sqlite(engine.sync_engine)
         return engine
@@ -88,6 +97,24 @@ def _prepare_sqlite(engine: Engine) -> None:
         for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "busy_timeout = 10000", "foreign_keys = ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
+
+
+def _reason(error: SQLAlchemyError) -> str:
+    """What the driver says, in a line, without the statement."""
+    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+
+
+async def _make_tables(engine: AsyncEngine) -> None:
+    """Make those that are not there, beside other processes that do the same."""
+    for attempt in range(_MAX_ATTEMPTS):
+        try:
+            async with engine.begin() as connection:
+                await connection.run_sync(METADATA.create_all)
+            return
+        except DBAPIError as error:  # another made one between the look and the making: look again
+            is_race = isinstance(error, IntegrityError) or "already exists" in str(error.orig)
+            if not is_race or attempt == _MAX_ATTEMPTS - 1:
+                raise
 
 
 async def _require_version(engine: AsyncEngine) -> None:

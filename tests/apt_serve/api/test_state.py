@@ -14,7 +14,7 @@ ALICE, BOB = replace(LOCAL, owner="alice"), replace(LOCAL, owner="bob")
 
 def state_of(**settings: Any) -> ApiState:
     unused = cast(Any, None)
-    return ApiState(ServerConfig(model=EngineConfig(**settings)), *[unused] * 10)
+    return ApiState(ServerConfig(model=EngineConfig(**settings)), *[unused] * 11)
 
 
 def test_tokens_are_counted_for_the_owner() -> None:

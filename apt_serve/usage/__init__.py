@@ -1,0 +1,1 @@
+"""Whose requests took how many tokens, by the hour, in the records."""
