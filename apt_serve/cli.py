@@ -1,5 +1,5 @@
-"""The command apt-serve: start a server, look whether it would start, generate in the terminal, keep API keys, run a
-benchmark.
+"""The command apt-serve: start a server, look whether it would start, generate in the terminal, keep API keys, count
+tokens, run a benchmark.
 
 What a command needs is imported when it runs: help and refusals of bad settings do not wait for torch and Ray.
 """
@@ -16,16 +16,15 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from apt_core.config import add_flags, apply_overrides, overrides_from, parse
+from apt_core.config import apply_overrides, overrides_from, parse
 from apt_core.errors import AptError, ConfigError, InvalidRequestError
-from apt_serve.access.identity import Scope
 from apt_serve.access.keys import read_pepper
+from apt_serve.arguments import GenerateSettings, make_parser
 from apt_serve.config import ServerConfig
 from apt_serve.config_file import ConfigFile, GrpcOptions, HttpOptions, default_config_file, read_config_file
-from apt_serve.engine.config import EngineConfig
 from apt_serve.engine.sampling_params import SamplingParams
 from apt_serve.ports import require_free_port
 
@@ -43,21 +42,13 @@ _ALL_ADDRESSES = ("0.0.0.0", "::")
 USAGE_ERROR = 2
 
 
-@dataclass(frozen=True)
-class GenerateSettings:
-    """Settings of `apt-serve generate`: the same model section as the server's."""
-
-    model: EngineConfig = field(default_factory=EngineConfig)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run apt-serve and return its exit code: 0, 1 for a failure, 2 for settings that cannot work."""
-    parser = _parser()
+    parser = make_parser()
     options, unknown = parser.parse_known_args(argv)
-    command: Callable[[argparse.Namespace], int] = options.command
     try:
         _refuse(parser, unknown)
-        return command(options)
+        return _COMMANDS[options.command](options)
     except (ConfigError, InvalidRequestError) as error:
         print(f"apt-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -76,98 +67,6 @@ def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
             apply_overrides(ServerConfig, {}, {name.removeprefix("--"): ""})
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="apt-serve", description="Serve a large language model.", allow_abbrev=False)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_start(commands)
-    _add_doctor(commands)
-    _add_generate(commands)
-    _add_keys(commands)
-    _add_worker(commands)
-    _add_bench(commands)
-    return parser
-
-
-def _add_start(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    start = commands.add_parser("start", help="start the server", allow_abbrev=False)
-    start.set_defaults(command=_start)
-    start.add_argument(
-        "--runner",
-        choices=("ray", "uvicorn"),
-        default="ray",
-        help="ray: Ray Serve, which restarts what fails and runs replicas; uvicorn: one process (default: ray)",
-    )
-    _add_server_settings(start)
-
-
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    doctor = commands.add_parser("doctor", help="look whether a server would start here", allow_abbrev=False)
-    doctor.set_defaults(command=_doctor)
-    doctor.add_argument("--json", action="store_true", help="print a list of objects")
-    _add_server_settings(doctor)
-
-
-def _add_server_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="the model, as --model.source")
-    parser.add_argument("--config", metavar="FILE", help="settings, such as deploy/config.yaml; flags go before it")
-    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
-    parser.add_argument("--grpc-port", type=int, metavar="PORT", help="port for gRPC; docs/grpc.md (default: no gRPC)")
-    add_flags(parser, ServerConfig)
-
-
-def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    generate = commands.add_parser("generate", help="answer a prompt in the terminal", allow_abbrev=False)
-    generate.set_defaults(command=_generate)
-    generate.add_argument("prompt", metavar="PROMPT", help="what to answer; - reads standard input")
-    generate.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
-    generate.add_argument("--system", metavar="TEXT", help="system message before the prompt")
-    generate.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most tokens (default: 256)")
-    generate.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the checkpoint's)")
-    generate.add_argument("--top-p", type=float, metavar="X", help="nucleus sampling (default: the checkpoint's)")
-    generate.add_argument("--seed", type=int, metavar="N", help="same seed, same tokens")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop here; may be repeated")
-    add_flags(generate, GenerateSettings)
-
-
-def _add_keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    keys = commands.add_parser("keys", help="make, list, rotate and revoke API keys", allow_abbrev=False)
-    actions = keys.add_subparsers(title="actions", dest="action", required=True, metavar="ACTION")
-    create = actions.add_parser("create", help="make a key and print it, once", allow_abbrev=False)
-    create.add_argument("--owner", required=True, help="whom usage, limits and jobs are counted by")
-    create.add_argument("--name", default="default", help="tells an owner's keys apart; two of a name may be live")
-    create.add_argument("--scope", action="append", choices=tuple(Scope), help="may be repeated (default: inference)")
-    create.add_argument("--model", action="append", metavar="NAME", help="may use it; may be repeated (default: all)")
-    create.add_argument("--class", dest="tenant_class", default="default", metavar="NAME", help="class of limits")
-    create.add_argument("--expires-in-days", type=float, metavar="N", help="default: never")
-    listing = actions.add_parser("list", help="list keys, without their secrets", allow_abbrev=False)
-    listing.add_argument("--owner", help="of this owner alone")
-    rotate = actions.add_parser("rotate", help="make another key for the same and print it, once", allow_abbrev=False)
-    rotate.add_argument(
-        "--overlap-days", type=float, default=1.0, metavar="N", help="the old one works on (default: 1)"
-    )
-    revoke = actions.add_parser("revoke", help="end a key at once", allow_abbrev=False)
-    for action in (rotate, revoke):
-        action.add_argument("id", metavar="ID", help="the eight characters after apt_")
-    for action in (create, listing, rotate, revoke):
-        action.add_argument("--config", metavar="FILE", help="the server's settings, which say where records are kept")
-        action.set_defaults(command=_keys)
-
-
-def _add_worker(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    worker = commands.add_parser("worker", help="run batches and jobs that Redis hands out", allow_abbrev=False)
-    worker.set_defaults(command=_worker, source=None, host=None, port=None, grpc_port=None)
-    worker.add_argument("--config", metavar="FILE", help="the server's settings; flags go before it")
-    add_flags(worker, ServerConfig)
-
-
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    bench = commands.add_parser("bench", help="run a benchmark of a source checkout", allow_abbrev=False)
-    bench.set_defaults(command=_bench)
-    bench.add_argument("name", nargs="?", help="such as engine or serve; without one they are listed")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the benchmark")
 
 
 def _start(options: argparse.Namespace) -> int:
@@ -275,11 +174,20 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _keys(options: argparse.Namespace) -> int:
-    file = _in_file(options.config) if options.config else default_config_file()
-    config = parse(ServerConfig, file.args)
     from apt_serve import keys_command
 
-    return keys_command.run(options, config)
+    return keys_command.run(options, _settings_in_file(options))
+
+
+def _usage(options: argparse.Namespace) -> int:
+    from apt_serve import usage_command
+
+    return usage_command.run(options, _settings_in_file(options))
+
+
+def _settings_in_file(options: argparse.Namespace) -> ServerConfig:
+    file = _in_file(options.config) if options.config else default_config_file()
+    return parse(ServerConfig, file.args)
 
 
 def _worker(options: argparse.Namespace) -> int:
@@ -312,3 +220,14 @@ def _benchmarks() -> Iterator[tuple[str, str]]:
             yield "/".join(parts[:-1]), ".".join(("benchmarks", *parts[:-1]))
         elif '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
             yield "/".join(parts), ".".join(("benchmarks", *parts))
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "start": _start,
+    "doctor": _doctor,
+    "generate": _generate,
+    "keys": _keys,
+    "usage": _usage,
+    "worker": _worker,
+    "bench": _bench,
+}

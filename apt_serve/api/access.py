@@ -92,11 +92,12 @@ def identity_of(connection: HTTPConnection) -> Identity:
 Caller = Annotated[Identity, Depends(identity_of)]
 
 
-def needs(scope: AccessScope) -> Any:
+def needs(scope: AccessScope, *or_one_of: AccessScope) -> Any:
     """A dependency that lets only callers with a scope pass: ``APIRouter(dependencies=[needs(Scope.JOBS)])``."""
 
     def check(connection: HTTPConnection) -> None:
-        require_access(connection, scope)
+        if not any(identity_of(connection).may(other) for other in or_one_of):
+            require_access(connection, scope)
 
     return Depends(check)
 

@@ -80,7 +80,9 @@ def as_api_error(error: BaseException) -> ApiError:
             return error
         case InvalidRequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
-        case RequestValidationError() | ValidationError():
+        case RequestValidationError():  # says first whether it was in the body or the query
+            return _from_validation(error.errors(), first=1)
+        case ValidationError():
             return _from_validation(error.errors())
         case RateLimitedError():
             return rate_limited(str(error), error.headers)
@@ -166,11 +168,11 @@ def _from_http(error: HTTPException) -> ApiError:
     return ApiError(error.status_code, str(error.detail), code=code, headers=error.headers)
 
 
-def _from_validation(errors: Sequence[Any]) -> ApiError:
-    """The first error; its path leaves out "body", union tags (in brackets) and pydantic's "[key]"."""
+def _from_validation(errors: Sequence[Any], first: int = 0) -> ApiError:
+    """The first error; its path from part ``first`` on, without union tags (in brackets) and pydantic's "[key]"."""
     error = errors[0]
-    path = [str(part) for part in error["loc"]]
-    param = ".".join(part for part in path if part != "body" and part[:1] not in ("(", "[")) or None
+    path = [str(part) for part in error["loc"][first:]]
+    param = ".".join(part for part in path if part[:1] not in ("(", "[")) or None
     kind, message = error["type"], error["msg"]
     if param is None and kind in ("missing", "model_type", "model_attributes_type"):
         return ApiError(400, "The body must be a JSON object.", code="invalid_json")

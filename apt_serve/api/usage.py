@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Coroutine
 from itertools import groupby
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.routing import APIRoute
 
 from apt_serve.access.errors import PermissionDeniedError
 from apt_serve.access.identity import Identity, Scope
-from apt_serve.api.access import Caller
+from apt_serve.api.access import Caller, needs
 from apt_serve.api.errors import ApiError
 from apt_serve.api.openapi import errors
 from apt_serve.api.schemas.usage import UsageBucket, UsagePage, UsageResult
@@ -36,27 +37,25 @@ _LATEST: Final = 253402300800
 """The year 10000."""
 
 
-class _ListsRoute(APIRoute):
-    """Takes `group_by[]=a` for `group_by=a`, as OpenAI's clients write lists."""
+class _QueryRoute(APIRoute):
+    """Takes `group_by[]=a` for `group_by=a`, as OpenAI's clients write lists, and refuses what it does not know."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler behind that."""
-        handle = super().get_route_handler()
+        handle, known = super().get_route_handler(), {param.alias for param in self.dependant.query_params}
 
         async def with_plain_names(request: Request) -> Response:
-            pairs = (pair.partition(b"=") for pair in request.scope["query_string"].split(b"&"))
-            plain = (_plain(name) + equals + value for name, equals, value in pairs)
-            request.scope["query_string"] = b"&".join(plain)
-            return await handle(request)
+            given = [(name.removesuffix("[]"), value) for name, value in request.query_params.multi_items()]
+            for name, _ in given:
+                if name not in known:  # a filter that was ignored would answer for more than was asked
+                    raise ApiError(400, f"Unknown parameter: {name}", param=name, code="unknown_parameter")
+            scope = {**request.scope, "query_string": urlencode(given).encode()}
+            return await handle(Request(scope, request.receive))
 
         return with_plain_names
 
 
-def _plain(name: bytes) -> bytes:
-    return name.removesuffix(b"[]").removesuffix(b"%5B%5D").removesuffix(b"%5b%5d")
-
-
-router = APIRouter(tags=["OpenAI"], route_class=_ListsRoute)
+router = APIRouter(tags=["OpenAI"], route_class=_QueryRoute, dependencies=[needs(Scope.INFERENCE, Scope.ADMIN)])
 
 _Moment = Annotated[int, Query(ge=0, lt=_LATEST, description="Unix seconds.")]
 _Names = Annotated[

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, insert, select
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as NoConnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -54,7 +54,9 @@ class Database:
             engine = await self._opened()
             async with engine.begin() as connection:
                 yield connection
-        except (OperationalError, InterfaceError, NoConnectionError) as error:
+        except (IntegrityError, DataError):  # of what was to be written
+            raise
+        except (DBAPIError, NoConnectionError) as error:
             raise RecordsError(f"the records do not answer: {_reason(error)}") from error
 
     async def close(self) -> None:

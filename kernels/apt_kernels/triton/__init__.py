@@ -1,1 +1,1 @@
-"""The ops as Triton kernels for GPUs, one file an op. `apt_kernels.ops` chooses them; tests call them directly, interpreted."""
+"""The ops as Triton kernels for GPUs, one file an op. `ops` chooses them; tests call them directly, interpreted."""

@@ -18,7 +18,7 @@ from apt_serve.records.database import Database
 
 PEPPER = b"p" * 32
 ALICE = Identity("alice", frozenset(Scope), "key12345", frozenset({"a", "b"}), "gold", expires_at=1.0)
-WORKING = Identity("alice", frozenset({Scope.INFERENCE}), None, frozenset({"a", "b"}), "gold")
+WORKING = Identity("alice", frozenset({Scope.INFERENCE}), None, frozenset({"a", "b"}), "gold", is_job=True)
 """What is left of her: nothing but inference."""
 
 

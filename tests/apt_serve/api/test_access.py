@@ -24,7 +24,7 @@ from apt_serve.api.app import create_app
 from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.config import AdminConfig, ServerConfig
 from apt_serve.records.config import RecordsConfig
-from apt_serve.records.database import Database
+from apt_serve.records.database import Database, RecordsError
 from tests.apt_serve.access.signing import AUDIENCE, ISSUER, SECRET, good_claims, hs256
 from tests.apt_serve.api.live_server import LiveServer, wait_until
 from tests.apt_serve.api.scripted_engine import ScriptedEngine
@@ -375,7 +375,7 @@ def test_records_that_do_not_answer_are_no_reason_to_refuse_or_to_let_in(
     assert server.chat(known).status_code == 200
 
     async def fail(*_: Any) -> None:
-        raise OSError("no disk")
+        raise RecordsError("no disk")
 
     monkeypatch.setattr(KeyStore, "find", fail)
     assert server.chat(known).status_code == 200  # from the cache
