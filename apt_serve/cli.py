@@ -196,7 +196,7 @@ def _worker(options: argparse.Namespace) -> int:
         raise ConfigError("without Redis the server runs its jobs by itself", field="jobs.redis_url")
     from apt_serve.jobs.remote_worker import RemoteWorker
 
-    pepper = read_pepper(config.access.pepper_variable, config.records.path) if config.access.enabled else None
+    pepper = read_pepper(config.access.pepper_variable, config.records.path)
     RemoteWorker(config.jobs, config.records, pepper, config.job_priority).run()
     return 0
 

@@ -85,7 +85,7 @@ class KeyStore:
         Raises:
             TooManyKeysError: its owner has two live ones of that name.
         """
-        async with self._database.begin() as connection:
+        async with self._database.begin(alone=_keys_of(grant.owner)) as connection:
             return await _create(connection, grant, pepper)
 
     async def rotate(self, key_id: str, pepper: bytes, overlap_s: float) -> tuple[ApiKey, KeyRecord]:
@@ -96,7 +96,8 @@ class KeyStore:
             TooManyKeysError: it is being rotated already.
         """
         now = time.time()
-        async with self._database.begin() as connection:
+        found = await self.find(key_id)
+        async with self._database.begin(alone=_keys_of(found.grant.owner if found else "")) as connection:
             old = await _find(connection, key_id)
             if old is None or not old.is_live(now):
                 raise KeyNotFoundError(f"there is no live key {key_id!r}")
@@ -138,11 +139,15 @@ class KeyStore:
             return frozenset(row.id for row in rows)
 
 
+def _keys_of(owner: str) -> str:
+    return f"keys of {owner}"
+
+
 async def _create(connection: AsyncConnection, grant: KeyGrant, pepper: bytes) -> tuple[ApiKey, KeyRecord]:
     key, now = ApiKey.make(), time.time()
     record = KeyRecord(key.id, grant, now, None, key.digest(pepper))
     await connection.execute(insert(_KEYS).values(**_columns(record)))
-    # Counted after the insert: SQLite has then locked the database, so two at a time cannot both be the second.
+    # Counted after the insert, from which on SQLite lets nobody else write.
     live = or_(_KEYS.c.expires_at.is_(None), _KEYS.c.expires_at > now) & _KEYS.c.revoked_at.is_(None)
     query = select(func.count()).where(_KEYS.c.owner == grant.owner, _KEYS.c.name == grant.name, live)
     if (await connection.execute(query)).scalar_one() > MAX_LIVE_KEYS:

@@ -56,7 +56,7 @@ class FileStore:
         file = FileRecord(file_id, owner, filename, purpose, size, now, now + expires_s)
         stored = select(func.coalesce(func.sum(FILES.c.bytes), 0)).where(FILES.c.owner == owner)
         try:
-            async with self._database.begin() as connection:
+            async with self._database.begin(alone=f"files of {owner}") as connection:
                 await connection.execute(insert(FILES).values(**asdict(file)))
                 if (await connection.execute(stored)).scalar_one() > max_stored_bytes:
                     raise StorageFullError(f"Your files may take {max_stored_bytes} bytes together; delete some first.")

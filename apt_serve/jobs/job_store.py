@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from apt_core.errors import AptError
 from apt_serve.jobs.records import ACTIVE, FILES, JOBS, RESULTS, FileRecord, JobRecord, Kind, LineResult, State
-from apt_serve.records.database import Database
+from apt_serve.records.database import Database, upserting
 
 _RESULTS_AT_A_TIME = 256
 _JOB_ID = re.compile(r"(batch|job)_[0-9a-f]{32}")
@@ -60,7 +59,7 @@ class JobStore:
         now, job_id = time.time(), _PREFIXES[kind] + uuid.uuid4().hex
         row = {"id": job_id, "kind": kind, "state": State.VALIDATING, "created_at": now, "expires_at": now + window_s}
         unfinished = select(func.count()).where(JOBS.c.owner == columns["owner"], JOBS.c.state.in_(ACTIVE))
-        async with self._database.begin() as connection:
+        async with self._database.begin(alone=f"jobs of {columns['owner']}") as connection:
             await connection.execute(insert(JOBS).values(**row, **columns))
             if (await connection.execute(unfinished)).scalar_one() > max_unfinished:
                 raise TooManyJobsError(f"You have {max_unfinished} batches and jobs that have not finished.")
@@ -140,9 +139,10 @@ class JobStore:
         """Keep the results of lines, except of those that have one already."""
         async with self._database.begin() as connection:
             new = {True: 0, False: 0}
+            keep = upserting(connection, RESULTS).on_conflict_do_nothing().returning(RESULTS.c.job_id)
             for result in results:
                 row = {"job_id": claim.job.id, **asdict(result)}
-                new[result.is_success] += (await connection.execute(_insert_or_ignore(connection, row))).rowcount
+                new[result.is_success] += (await connection.execute(keep, row)).first() is not None
             counts = {"completed": JOBS.c.completed + new[True], "failed": JOBS.c.failed + new[False]}
             await _write(connection, claim, **counts, fruitless=0)
 
@@ -265,8 +265,3 @@ async def _write(connection: AsyncConnection, claim: Claim, **values: Any) -> No
     held = (JOBS.c.id == claim.job.id, JOBS.c.attempt == claim.attempt, JOBS.c.state.in_(ACTIVE))
     if not (await connection.execute(update(JOBS).where(*held).values(**values))).rowcount:
         raise LeaseLostError(f"{claim.job.id} is no longer held by attempt {claim.attempt}")
-
-
-def _insert_or_ignore(connection: AsyncConnection, row: dict[str, Any]) -> Any:
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    return dialect.insert(RESULTS).values(**row).on_conflict_do_nothing()

@@ -20,11 +20,11 @@ class RemoteWorker:
     """One process of `apt-serve worker`.
 
     Args:
-        pepper: of a server with access control; None: a server without.
+        pepper: the server's. One without access control ignores what is signed under it.
         priority: of the requests; None: the engine knows none.
     """
 
-    def __init__(self, config: JobsConfig, records: RecordsConfig, pepper: bytes | None, priority: int | None) -> None:
+    def __init__(self, config: JobsConfig, records: RecordsConfig, pepper: bytes, priority: int | None) -> None:
         self._config = config
         self._records = records
         self._pepper = pepper
@@ -46,6 +46,4 @@ class RemoteWorker:
             await database.close()
 
     def _headers(self, job: JobRecord) -> Mapping[str, str]:
-        if self._pepper is None:
-            return {}
         return {"Authorization": f"Bearer {make_job_token(job.caller, self._pepper)}"}

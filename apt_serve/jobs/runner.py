@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from http import HTTPStatus
 from typing import Any, Final, Protocol
 
 import httpx
@@ -13,6 +15,8 @@ from pydantic_core import from_json, to_json
 
 from apt_serve.jobs.lines import Line
 from apt_serve.jobs.records import JobRecord, LineResult
+
+logger = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 AsgiApp = Callable[..., Awaitable[None]]
@@ -52,6 +56,8 @@ class HttpRunner:
         content, num_broken, pause_s = to_json(body), 0, _FIRST_PAUSE_S
         while True:
             response = await self._post(job, content)
+            if response is not None and response.status_code == HTTPStatus.UNAUTHORIZED:
+                logger.error("%s waits: the server does not know this worker; both need the same pepper", job.id)
             num_broken += response is not None and _is_broken(response)
             if response is not None and not _may_pass(response, num_broken):
                 return _result(line, response)
@@ -110,6 +116,9 @@ def _may_pass(response: httpx.Response, num_broken: int) -> bool:
     """Whether another try may get another answer: a server that has no room now has some later."""
     if _is_broken(response):
         return num_broken < _MAX_BROKEN
+    # Whom the server does not know is this worker, not the owner: its settings can be mended.
+    if response.status_code == HTTPStatus.UNAUTHORIZED:
+        return True
     # A limit that a request exceeds by itself is refused without a time at which to come again.
     return response.status_code == 503 or (response.status_code == 429 and "Retry-After" in response.headers)
 

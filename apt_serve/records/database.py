@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, insert, select
+from sqlalchemy import Column, Engine, Integer, MetaData, Table, event, func, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as NoConnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -22,6 +23,7 @@ METADATA = MetaData()
 _VERSION = Table("apt_schema", METADATA, Column("version", Integer, primary_key=True, autoincrement=False))
 
 
+_INSERTS: Final[dict[str, Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 _MAX_ATTEMPTS = 20
 """At making the tables: there are fewer to meet another process at."""
 
@@ -44,8 +46,12 @@ class Database:
         return self._config.url is not None or (self._config.path / SQLITE_FILE).exists()
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[AsyncConnection]:
+    async def begin(self, *, alone: str | None = None) -> AsyncIterator[AsyncConnection]:
         """A transaction: committed at the end, undone by an exception.
+
+        Args:
+            alone: transactions of one name run one after another, so that what they count is what is there. In SQLite
+                all that write do, from the first write on.
 
         Raises:
             RecordsError: it does not answer, or its tables are those of a newer APT.
@@ -53,6 +59,8 @@ class Database:
         try:
             engine = await self._opened()
             async with engine.begin() as connection:
+                if alone is not None and connection.dialect.name == "postgresql":
+                    await connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(alone, 0))))
                 yield connection
         except (IntegrityError, DataError):  # of what was to be written
             raise
@@ -88,6 +96,11 @@ class Database:
         engine = create_async_engine(self._config.database_url)
         _prepare_sqlite(engine.sync_engine)
         return engine
+
+
+def upserting(connection: AsyncConnection, table: Table) -> Any:
+    """SQLAlchemy's insert that knows ``on_conflict_do_...``, as the database has it."""
+    return _INSERTS[connection.dialect.name](table)
 
 
 def _prepare_sqlite(engine: Engine) -> None:

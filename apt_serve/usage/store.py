@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import ColumnElement, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 
-from apt_serve.records.database import Database
+from apt_serve.records.database import Database, upserting
 from apt_serve.usage.records import COUNTS, USAGE, Account, Usage
-
-_INSERTS: Final[dict[str, Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
 class GroupBy(StrEnum):
@@ -68,7 +65,7 @@ class UsageStore:
         if not rows:
             return
         async with self._database.begin() as connection:
-            insert = _INSERTS[connection.dialect.name](USAGE)
+            insert = upserting(connection, USAGE)
             added = {name: USAGE.c[name] + insert.excluded[name] for name in COUNTS}
             await connection.execute(insert.on_conflict_do_update(index_elements=USAGE.primary_key, set_=added), rows)
 

@@ -22,12 +22,12 @@ PEPPER = b"p" * 32
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[[Callable[[KeyStore], Coroutine[Any, Any, Any]]], Any]:
+def run(records: RecordsConfig) -> Callable[[Callable[[KeyStore], Coroutine[Any, Any, Any]]], Any]:
     """Does something with a fresh store."""
 
     def run(work: Callable[[KeyStore], Coroutine[Any, Any, Any]]) -> Any:
         async def main() -> Any:
-            database = Database(RecordsConfig(folder=str(tmp_path)))
+            database = Database(records)
             try:
                 return await work(KeyStore(database))
             finally:

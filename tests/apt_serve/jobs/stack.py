@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,12 +18,17 @@ from typing import Any, Literal
 
 import httpx
 
+from apt_serve.access.authenticator import Authenticator
+from apt_serve.access.config import AccessConfig
+from apt_serve.access.identity import LOCAL, Scope
+from apt_serve.access.key_store import KeyGrant
 from apt_serve.jobs.config import JobsConfig
 from apt_serve.jobs.job_store import JobStore
 from apt_serve.records.config import RecordsConfig
 from apt_serve.records.database import Database
 
-Driver = Literal["embedded", "celery"]
+Driver = Literal["embedded", "celery", "compose"]
+"""The last is Celery, too, with access control, as deploy/compose.yaml has it."""
 ROOT = Path(__file__).parents[3]
 REDIS = shutil.which("redis-server")
 PATIENCE_S = 90.0
@@ -31,9 +37,17 @@ PATIENCE_S = 90.0
 class Stack:
     """Everything that runs jobs with one driver."""
 
-    def __init__(self, driver: Driver, folder: Path, *, token_delay_s: float = 0.0, lease_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        folder: Path,
+        *,
+        token_delay_s: float = 0.0,
+        lease_s: float = 5.0,
+        records_url: str | None = None,
+    ) -> None:
         self.driver = driver
-        self.records = RecordsConfig(folder=str(folder / "records"))
+        self.records = RecordsConfig(url=records_url, folder=str(folder / "records"))
         self._folder = folder
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._token_delay_s = token_delay_s
@@ -44,9 +58,21 @@ class Stack:
             poll_s=0.1,
             concurrency=4,
             server_url=self.url,
-            redis_url=f"redis://127.0.0.1:{self._redis_port}/0" if driver == "celery" else None,
+            redis_url=None if driver == "embedded" else f"redis://127.0.0.1:{self._redis_port}/0",
         )
-        self.http = httpx.Client(base_url=self.url, timeout=30, transport=httpx.HTTPTransport(retries=3))
+        headers = {"Authorization": f"Bearer {self._make_key()}"} if self.has_access else {}
+        transport = httpx.HTTPTransport(retries=3)
+        self.http = httpx.Client(base_url=self.url, timeout=30, transport=transport, headers=headers)
+
+    @property
+    def has_access(self) -> bool:
+        """Whether its server asks for keys."""
+        return self.driver == "compose"
+
+    @property
+    def owner(self) -> str:
+        """Whose its batches are."""
+        return "alice" if self.has_access else LOCAL.owner
 
     @property
     def names(self) -> list[str]:
@@ -64,13 +90,13 @@ class Stack:
         for name in list(self._processes):
             self.kill(name)
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, **environment: str) -> None:
         """Start a process that does not run."""
         with (self._folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 self._command(name),
                 cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | environment,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -152,11 +178,26 @@ class Stack:
             return [REDIS, *place, "--save", "", "--daemonize", "no"]
         if name == "worker":
             flags = {f"jobs.{key}": value for key, value in self._settings().items()}
-            flags["records.folder"] = self.records.folder
+            flags |= self._records()
             return [sys.executable, "-m", "apt_serve", "worker", *(f"--{key}={value}" for key, value in flags.items())]
-        settings = json.dumps({"jobs": self._settings(), "records": {"folder": self.records.folder}})
+        records = {key.removeprefix("records."): value for key, value in self._records().items()}
+        settings = json.dumps({"jobs": self._settings(), "records": records, "access": {"enabled": self.has_access}})
         module = "tests.apt_serve.jobs.served"
         return [sys.executable, "-m", module, str(self._port), str(self._token_delay_s), settings]
+
+    def _records(self) -> dict[str, str]:
+        given = {"records.folder": self.records.folder, "records.url": self.records.url}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def _make_key(self) -> str:
+        async def make() -> str:
+            database = Database(self.records)
+            access = Authenticator(AccessConfig(enabled=True), self.records, database)
+            key, _ = await access.create_key(KeyGrant(self.owner, scopes=frozenset({Scope.INFERENCE, Scope.JOBS})))
+            await database.close()
+            return key.text
+
+        return asyncio.run(make())
 
     def _settings(self) -> dict[str, Any]:
         names = ("lease_s", "poll_s", "concurrency", "server_url", "redis_url")

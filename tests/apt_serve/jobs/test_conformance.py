@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sqlite3
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from sqlalchemy import Executable, NullPool, create_engine, select, update
 
 from apt_serve.jobs.celery_app import make_celery, send
 from apt_serve.jobs.job_store import Claim, JobStore, LeaseLostError
-from apt_serve.jobs.records import Kind, LineResult, State
+from apt_serve.jobs.records import JOBS, Kind, LineResult, State
 from apt_serve.records.database import Database
 from tests.apt_serve.jobs.stack import REDIS, Stack
+from tests.apt_serve.records.postgres import needs_postgres
 
 needs_redis = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed")
-DRIVERS = ["embedded", pytest.param("celery", marks=needs_redis)]
+COMPOSE = pytest.param("compose", marks=[needs_redis, needs_postgres])
+DRIVERS = ["embedded", pytest.param("celery", marks=needs_redis), COMPOSE]
 
 
 @pytest.fixture(scope="module", params=DRIVERS)
 def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(request.param, tmp_path_factory.mktemp(request.param), token_delay_s=0.01) as found:
+    url = request.getfixturevalue("postgres").new_database() if request.param == "compose" else None
+    folder = tmp_path_factory.mktemp(request.param)
+    with Stack(request.param, folder, token_delay_s=0.01, records_url=url) as found:
         yield found
+
+
+def execute(stack: Stack, statement: Executable) -> list[Any]:
+    """In the database, behind everybody's back; the rows, if it has any."""
+    engine = create_engine(stack.records.database_url.replace("+aiosqlite", ""), poolclass=NullPool)
+    with engine.begin() as connection:
+        result = connection.execute(statement)
+        return list(result) if result.returns_rows else []
+
+
+def row(stack: Stack, job_id: str) -> Any:
+    """All that is kept of a job."""
+    [found] = execute(stack, select(JOBS).where(JOBS.c.id == job_id))
+    return found
 
 
 def names(count: int) -> list[str]:
@@ -50,22 +69,20 @@ def test_a_job_that_is_handed_out_again_and_again_runs_once(stack: Stack) -> Non
     batch_id = stack.submit(20)
     stack.wait_until(lambda: stack.batch(batch_id)["status"] != "validating")
     for _ in range(10):
-        if stack.driver == "celery":
+        if stack.driver != "embedded":
             send(make_celery(stack.jobs), batch_id)
         else:
             assert asyncio.run(claim(stack, batch_id)) is None
     batch = stack.ended(batch_id)
     assert stack.custom_ids(batch["output_file_id"]) == names(20)
-    with sqlite3.connect(stack.records.path / "records.sqlite", timeout=10) as database:
-        [attempt] = database.execute("SELECT attempt FROM apt_jobs WHERE id = ?", (batch_id,)).fetchone()
-    assert attempt == 1
+    assert row(stack, batch_id).attempt == 1
 
 
 async def taken(stack: Stack) -> tuple[JobStore, Claim]:
     """A job in the hands of a worker that says nothing more, and the table."""
     store = stack.store()
     while True:
-        columns = {"owner": "local", "identity": {"models": None, "tenant_class": "default"}}
+        columns = {"owner": stack.owner, "identity": {"models": None, "tenant_class": "default"}}
         body = {"prompt": "x", "max_tokens": 4}
         job = await store.create(
             Kind.JOB,
@@ -86,7 +103,7 @@ def test_what_a_silent_worker_holds_is_taken_up_and_its_late_writes_are_refused(
         store, claim = await taken(stack)
         began = time.time()
         await store.begin(claim, 1)
-        while (job := await store.get(Kind.JOB, "local", claim.job.id)).state is not State.COMPLETED:
+        while (job := await store.get(Kind.JOB, stack.owner, claim.job.id)).state is not State.COMPLETED:
             assert time.time() < began + 60, stack.logs()
             await asyncio.sleep(0.05)
         assert job.attempt == 2
@@ -95,7 +112,7 @@ def test_what_a_silent_worker_holds_is_taken_up_and_its_late_writes_are_refused(
         for write in (store.record(claim, [late]), store.renew(claim), store.finish(claim, State.FAILED)):
             with pytest.raises(LeaseLostError):
                 await write
-        assert (await store.get(Kind.JOB, "local", job.id)).completed == 1
+        assert (await store.get(Kind.JOB, stack.owner, job.id)).completed == 1
         assert "late" not in (await store.result(job.id)).body
         await store._database.close()
 
@@ -117,9 +134,8 @@ def test_expired_it_ends_with_what_was_done(stack: Stack) -> None:
     """Its time is up when another worker takes it, as one reads the time when it takes it."""
     batch_id = stack.submit(300)
     stack.wait_until(lambda: stack.batch(batch_id)["request_counts"]["completed"] > 4)
-    with sqlite3.connect(stack.records.path / "records.sqlite", timeout=10) as database:
-        values = "expires_at = 1, attempt = attempt + 1, lease_until = 0, enqueued_at = 0"
-        database.execute(f"UPDATE apt_jobs SET {values} WHERE id = ?", (batch_id,))
+    change = update(JOBS).where(JOBS.c.id == batch_id)
+    execute(stack, change.values(expires_at=1, attempt=JOBS.c.attempt + 1, lease_until=0, enqueued_at=0))
     batch = stack.ended(batch_id)
     done, left = (stack.custom_ids(batch[f"{kind}_file_id"]) for kind in ("output", "error"))
     assert batch["status"] == "expired"
@@ -133,9 +149,22 @@ def test_a_worker_that_is_told_to_stop_gives_its_jobs_back(stack: Stack) -> None
     batch_id = stack.submit(100)
     stack.wait_until(lambda: stack.batch(batch_id)["request_counts"]["completed"] > 4)
     stack.kill(name, signal.SIGTERM)
-    with sqlite3.connect(stack.records.path / "records.sqlite", timeout=10) as database:
-        lease = database.execute("SELECT lease_until, state FROM apt_jobs WHERE id = ?", (batch_id,)).fetchone()
+    found = row(stack, batch_id)
     stack.start(name)
-    assert lease == (0.0, "in_progress")
+    assert (found.lease_until, found.state) == (0.0, "in_progress")
     batch = stack.ended(batch_id)
     assert stack.custom_ids(batch["output_file_id"]) == names(100)
+
+
+@pytest.mark.parametrize("stack", [COMPOSE], indirect=True)
+def test_lines_wait_for_a_worker_that_the_server_knows(stack: Stack) -> None:
+    """A worker with another pepper is nothing that the owner of a batch has to do with."""
+    stack.kill("worker")
+    stack.start("worker", APT_KEY_PEPPER="another pepper, which has as many bytes as it must")
+    batch_id = stack.submit(3)
+    stack.wait_until(lambda: f"{batch_id} waits: the server does not know this worker" in stack.logs())
+    assert stack.batch(batch_id)["request_counts"] == {"total": 3, "completed": 0, "failed": 0}
+    stack.kill("worker", signal.SIGTERM)
+    stack.start("worker")
+    batch = stack.ended(batch_id)
+    assert stack.custom_ids(batch["output_file_id"]) == names(3)

@@ -9,15 +9,21 @@ from pathlib import Path
 import pytest
 
 from tests.apt_serve.jobs.stack import REDIS, Driver, Stack
+from tests.apt_serve.records.postgres import needs_postgres
 
 NUM_LINES = 200
-DRIVERS = ["embedded", pytest.param("celery", marks=pytest.mark.skipif(REDIS is None, reason="needs redis-server"))]
+NEEDS_REDIS = pytest.mark.skipif(REDIS is None, reason="needs redis-server")
+DRIVERS = [
+    "embedded",
+    pytest.param("celery", marks=NEEDS_REDIS),
+    pytest.param("compose", marks=[NEEDS_REDIS, needs_postgres]),
+]
 
 
-def check_kills(driver: Driver, folder: Path, num_kills: int, seed: int) -> None:
+def check_kills(driver: Driver, folder: Path, num_kills: int, seed: int, records_url: str | None) -> None:
     """While a batch runs, kill any of its processes, now and then two of them, and start them again."""
     chance = random.Random(seed)
-    with Stack(driver, folder, token_delay_s=0.02, lease_s=1.0) as stack:
+    with Stack(driver, folder, token_delay_s=0.02, lease_s=1.0, records_url=records_url) as stack:
         batch_id = stack.submit(NUM_LINES)
         num_in_time = 0
         for number in range(num_kills):
@@ -44,5 +50,6 @@ def check_kills(driver: Driver, folder: Path, num_kills: int, seed: int) -> None
 @pytest.mark.faults
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_a_batch_outlives_eight_kills(driver: Driver, tmp_path: Path) -> None:
-    check_kills(driver, tmp_path, 8, seed=2)
+def test_a_batch_outlives_eight_kills(driver: Driver, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("postgres").new_database() if driver == "compose" else None
+    check_kills(driver, tmp_path, 8, seed=2, records_url=url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,22 +28,35 @@ NO_FILTER = UsageFilter()
 CALLER = Identity("alice", frozenset(), key_id="key00001")
 
 
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[UsageStore]:
-    database = Database(RecordsConfig(folder=str(tmp_path)))
+@asynccontextmanager
+async def opened(records: RecordsConfig) -> AsyncIterator[UsageStore]:
+    database = Database(records)
     yield UsageStore(database)
     await database.close()
+
+
+@pytest.fixture
+async def store(records: RecordsConfig) -> AsyncIterator[UsageStore]:
+    """In either database."""
+    async with opened(records) as store:
+        yield store
+
+
+@pytest.fixture
+async def in_sqlite(tmp_path: Path) -> AsyncIterator[UsageStore]:
+    """In one whose tables can be taken away."""
+    async with opened(RecordsConfig(folder=str(tmp_path))) as store:
+        yield store
 
 
 async def total(store: UsageStore) -> Usage:
     return sum((row.usage for row in await store.sums(0, 2**40, HOUR_S, frozenset(), NO_FILTER)), Usage())
 
 
-async def test_what_replicas_add_at_once_adds_up(store: UsageStore, tmp_path: Path) -> None:
-    other = Database(RecordsConfig(folder=str(tmp_path)))
-    stores = [store, UsageStore(other)]
-    await asyncio.gather(*(stores[i % 2].add({ALICE: ONE, BOB: ONE}) for i in range(20)))
-    await other.close()
+async def test_what_replicas_add_at_once_adds_up(store: UsageStore, records: RecordsConfig) -> None:
+    async with opened(records) as other:
+        entries = [{ALICE: ONE, BOB: ONE}, {BOB: ONE, ALICE: ONE}]
+        await asyncio.gather(*((store, other)[i % 2].add(entries[i % 2]) for i in range(20)))
     [row] = await store.sums(MONDAY, MONDAY + HOUR_S, HOUR_S, frozenset(), NO_FILTER)
     assert row.usage == Usage(40, 400, 160, 200)
 
@@ -91,8 +105,9 @@ async def test_a_ledger_writes_by_itself_and_at_its_end(store: UsageStore, monke
 
 
 async def test_what_cannot_be_written_is_kept_until_it_can(
-    store: UsageStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    in_sqlite: UsageStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    store = in_sqlite
     ledger = UsageLedger(store, is_enabled=True)
     assert await total(store) == Usage()  # which makes the table
     with sqlite3.connect(tmp_path / SQLITE_FILE) as connection:
@@ -111,10 +126,10 @@ async def test_what_cannot_be_written_is_kept_until_it_can(
 
 
 async def test_usage_that_is_lost_at_the_end_is_said(
-    store: UsageStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    in_sqlite: UsageStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = UsageLedger(store, is_enabled=True)
-    await total(store)
+    ledger = UsageLedger(in_sqlite, is_enabled=True)
+    await total(in_sqlite)
     ledger.start()
     with sqlite3.connect(tmp_path / SQLITE_FILE) as connection:
         connection.execute("DROP TABLE apt_usage")
@@ -123,8 +138,8 @@ async def test_usage_that_is_lost_at_the_end_is_said(
     assert "usage of 2 requests is lost" in caplog.text
 
 
-async def test_without_access_control_nothing_is_counted(store: UsageStore, tmp_path: Path) -> None:
-    ledger = UsageLedger(store, is_enabled=False)
+async def test_without_access_control_nothing_is_counted(in_sqlite: UsageStore, tmp_path: Path) -> None:
+    ledger = UsageLedger(in_sqlite, is_enabled=False)
     ledger.start()
     ledger.note(CALLER, "small", ONE)
     await ledger.stop()

@@ -1,0 +1,25 @@
+"""What tests of the server share: databases of records, of both kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from apt_serve.records.config import RecordsConfig
+from tests.apt_serve.records.postgres import PostgresServer, needs_postgres, postgres_server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One server for all tests of a process."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=needs_postgres)])
+def records(request: pytest.FixtureRequest, tmp_path: Path) -> RecordsConfig:
+    """Empty records, in SQLite and in PostgreSQL."""
+    url = None if request.param == "sqlite" else request.getfixturevalue("postgres").new_database()
+    return RecordsConfig(url=url, folder=str(tmp_path))
