@@ -19,12 +19,22 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 RAY = ("tests/apt_serve/test_deployment.py", "tests/serving/", "tests/vllm/")
 """Where tests start Ray. They run one after another, as Ray finds other clusters of the machine."""
 
+UNTRACED = (
+    "tests/apt_kernels/triton/",
+    "tests/benchmarks/test_tune.py",
+    "tests/apt_serve/engine/test_engine_property.py",
+)
+"""Where coverage would more than double the time, to see interpreted kernels, which it leaves out, or what it sees in
+other tests."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Among pytest-xdist's workers, begin with Ray: it waits much, and the rest fills those waits to the end."""
     for item in items:
         if item.get_closest_marker("ray") and not item.nodeid.startswith(RAY):
             raise pytest.UsageError(f"{item.nodeid} starts Ray and is not in RAY of tests/conftest.py")
+        if item.nodeid.startswith(UNTRACED) and config.pluginmanager.hasplugin("_cov"):
+            item.add_marker(pytest.mark.no_cover)
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: not item.nodeid.startswith(RAY))
 
