@@ -127,6 +127,7 @@ def create_app(
     )
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     service = JobService(config.jobs, config.records, database, app, config.job_priority)
+    prometheus.watch_jobs(service)
     fleet = fleet or Handover(config, engine, prometheus)
     limiter = Limiter(config.limits)
     prometheus.watch_limits(limiter)

@@ -8,9 +8,11 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from apt_serve.api.engine_metrics import LATENCY_BUCKETS, LONG_BUCKETS, EngineGauges, EngineMetrics, EngineSink
+from apt_serve.api.job_metrics import JobGauges
 from apt_serve.api.model_metrics import ModelMetrics
 from apt_serve.engine.client import EngineClient
 from apt_serve.engine.metrics import FinishRecord, StepRecord
+from apt_serve.jobs.service import JobService
 from apt_serve.limits.limiter import Limiter
 from apt_serve.telemetry.exchange import Exchange
 
@@ -84,6 +86,10 @@ class PrometheusMetrics:
         text = "1 while Redis fails and each replica applies the limits by itself."
         gauge = Gauge("apt:limits_fallback", text, ["model_name"], registry=self.registry)
         gauge.labels(self._model_name).set_function(lambda: limiter.is_fallback)
+
+    def watch_jobs(self, jobs: JobService) -> None:
+        """Read at each scrape what was counted of batches and jobs."""
+        self.registry.register(JobGauges(self._model_name, lambda: jobs.census))
 
     def _labelled(self, name: str, text: str, label: str) -> Counter:
         return Counter(f"apt:{name}", text, ["model_name", label], registry=self.registry)

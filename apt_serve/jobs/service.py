@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from apt_serve.jobs.census import Census, take_census
 from apt_serve.jobs.config import JobsConfig
 from apt_serve.jobs.file_store import FileStore
 from apt_serve.jobs.job_store import JobStore
@@ -19,6 +20,7 @@ from apt_serve.records.database import Database, RecordsError
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 300.0
+CENSUS_S = 5.0
 _DELIVERIES = 4
 """Webhooks on their way at a time."""
 
@@ -47,7 +49,9 @@ class JobService:
         self._database = database
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._next_sweep = 0.0
+        self._next_sweep = self._next_census = 0.0
+        self.census = Census()
+        """For metrics; a few seconds old."""
         self._closing = [self.webhooks.close]
         if config.redis_url is None:
             worker = Worker(config, self.store, self.files, InProcessRunner(app, priority))
@@ -58,7 +62,7 @@ class JobService:
             dispatcher = Dispatcher(config, self.store)
             self._steps = [dispatcher.send_next]
             self._closing.append(dispatcher.close)
-        self._steps += [self.webhooks.deliver_next] * _DELIVERIES + [self._sweep]
+        self._steps += [self.webhooks.deliver_next] * _DELIVERIES + [self._sweep, self._count]
 
     async def start(self) -> None:
         """Begin to work."""
@@ -109,6 +113,12 @@ class JobService:
             self._next_sweep = time.monotonic() + SWEEP_S
             await self.files.sweep()
             await self.store.forget(time.time() - self.config.retention_s)
+        return False
+
+    async def _count(self) -> bool:
+        if time.monotonic() >= self._next_census:
+            self._next_census = time.monotonic() + CENSUS_S
+            self.census = await take_census(self._database)
         return False
 
 
