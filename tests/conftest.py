@@ -22,10 +22,15 @@ RAY = ("tests/apt_serve/test_deployment.py", "tests/serving/", "tests/vllm/")
 UNTRACED = (
     "tests/apt_kernels/triton/",
     "tests/benchmarks/test_tune.py",
+    "tests/apt_serve/api/test_openapi.py",
+    "tests/apt_serve/api/test_schema_with_access.py",
     "tests/apt_serve/engine/test_engine_property.py",
+    "tests/apt_serve/engine/test_scheduler_simulated.py",
+    "tests/apt_serve/models/test_model_cache_property.py",
+    "tests/apt_serve/test_schema_on_real_engine.py",
 )
-"""Where coverage would more than double the time, to see interpreted kernels, which it leaves out, or what it sees in
-other tests."""
+"""Where coverage would double the time, to see interpreted kernels, which it leaves out, or what other tests run, too:
+each of these tries hundreds of random cases."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
