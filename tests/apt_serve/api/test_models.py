@@ -363,7 +363,10 @@ def test_a_job_for_a_model_that_never_loads_ends(config: ServerConfig, tmp_path:
     with serve(replace(config, models=replace(config.models, others=others))) as served:
         body = {"model": "broken", "prompt": PROMPT}
         job = served.http.post("/v1/jobs", json={"endpoint": "/v1/completions", "body": body}).json()
-        wait_until(lambda: served.http.get(f"/v1/jobs/{job['id']}").json()["status"] == "failed")
+        path = f"/v1/jobs/{job['id']}"
+        wait_until(lambda: served.http.get(path).json()["status"] not in ("queued", "in_progress"))
+        assert served.http.get(path).json()["status"] == "failed"
+        assert error_of(served.http.get(f"{path}/result")) == (503, "model_load_failed", "model")
 
 
 @pytest.mark.usefixtures("slow_steps")

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import time
 import weakref
 
@@ -90,18 +91,34 @@ async def test_all_choices_come_through_one_stream(start):
 
 @pytest.mark.parametrize("num_outputs", [0, 1, 5])
 async def test_closing_a_stream_frees_everything(start, num_outputs):
-    engine = await start()
+    steps = threading.Semaphore(0)
+
+    class Held(Faulty):
+        """An executor that computes as many steps as it is allowed to."""
+
+        def launch(self, step):
+            steps.acquire()
+            return super().launch(step)
+
+    engine = await start(executor=Held)
     stream = engine.generate(request(max_tokens=50, n=2, temperature=1.0))
-    if num_outputs:
-        for _ in range(num_outputs):
-            await anext(stream)
-        await stream.aclose()
-    else:
-        waiting = asyncio.create_task(anext(stream))
+    reading = asyncio.create_task(anext(stream))
+    try:
         await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-    await idle(engine)
+        for _ in range(num_outputs):
+            while not reading.done():
+                steps.release()
+                await asyncio.wait((reading,), timeout=0.02)
+            reading = asyncio.create_task(anext(stream))
+        engine_stats = engine.stats()
+        assert engine_stats.num_running + engine_stats.num_waiting == 2
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await stream.aclose()
+        steps.release(2)  # one may be about to be computed; 50 tokens would take many more
+        await idle(engine)
+    finally:
+        steps.release(1000)
 
 
 async def test_three_hundred_aborts_at_random_moments_leak_nothing(start):

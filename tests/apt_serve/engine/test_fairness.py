@@ -249,3 +249,7 @@ def test_without_fairness_one_tenant_may_take_every_place() -> None:
     admission = Admission()
     for _ in range(100):
         admission.admit(1, 100, "flood")
+    assert admission.num_unfinished == 100
+    for tenant in ("flood", "light"):
+        with pytest.raises(EngineOverloadedError, match=r"^100 generations are running or waiting, 100 is the limit"):
+            admission.admit(1, 100, tenant)
