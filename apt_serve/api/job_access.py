@@ -13,6 +13,7 @@ from apt_serve.api.schemas.jobs import window_s
 from apt_serve.api.state import ApiState
 from apt_serve.jobs.job_store import TooManyJobsError
 from apt_serve.jobs.records import JobRecord, Kind, State, identity_columns
+from apt_serve.telemetry.exchange import CURRENT
 
 After = Annotated[str | None, Query(max_length=64)]
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -42,13 +43,14 @@ async def create_job(
         InvalidRequestError: its webhook could never be delivered.
     """
     state.jobs.webhooks.check(columns["webhook_url"])
+    exchange = CURRENT.get()
     try:
         job = await state.jobs.store.create(
             kind,
             max_unfinished=state.config.jobs.max_unfinished,
             window_s=window_s(completion_window),
             owner=caller.owner,
-            identity=identity_columns(caller),
+            identity=identity_columns(caller, exchange.traceparent if exchange else None),
             completion_window=completion_window,
             **columns,
         )

@@ -157,6 +157,12 @@ class JobRecord:
         return self.state in ACTIVE
 
     @property
+    def trace_headers(self) -> dict[str, str]:
+        """What continues the trace of its submission (W3C Trace Context); empty where that was not traced."""
+        traceparent = self.identity.get("traceparent")
+        return {} if traceparent is None else {"traceparent": traceparent}
+
+    @property
     def caller(self) -> Identity:
         """Whom its requests are for: the owner, whatever has become of the key or token that it was accepted with."""
         models = self.identity["models"]
@@ -169,10 +175,11 @@ class JobRecord:
         )
 
 
-def identity_columns(caller: Identity) -> dict[str, Any]:
-    """What of a caller a job remembers."""
+def identity_columns(caller: Identity, traceparent: str | None) -> dict[str, Any]:
+    """What a job remembers of its caller, and of the trace of the request that it was submitted by."""
     models = None if caller.models is None else sorted(caller.models)
-    return {"models": models, "tenant_class": caller.tenant_class}
+    trace = {} if traceparent is None else {"traceparent": traceparent}
+    return {"models": models, "tenant_class": caller.tenant_class} | trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import httpx
 from pydantic_core import from_json, to_json
 
 from apt_serve.jobs.lines import Line
-from apt_serve.jobs.records import JobRecord, LineResult
+from apt_serve.jobs.records import JobRecord, Kind, LineResult
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,9 @@ class HttpRunner:
 
     async def _post(self, job: JobRecord, content: bytes) -> httpx.Response | None:
         """The answer; None if the server cannot be reached or went away."""
-        headers = {"Content-Type": "application/json", **self._headers(job)}
+        # The thousands of lines of a batch have traces of their own.
+        trace = job.trace_headers if job.kind is Kind.JOB else {}
+        headers = {"Content-Type": "application/json", **trace, **self._headers(job)}
         try:
             return await self._client.post(job.endpoint, content=content, headers=headers)
         except httpx.TransportError:

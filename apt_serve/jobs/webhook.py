@@ -89,7 +89,7 @@ class Webhooks:
         body = to_json(event_of(job))
         url = httpx.URL(job.webhook_url)
         headers = signed_headers(key, f"evt_{job.id}", int(time.time()), body)
-        headers |= {"Content-Type": "application/json", "Host": url.netloc.decode()}
+        headers |= {"Content-Type": "application/json", "Host": url.netloc.decode()} | job.trace_headers
         # The address that was checked is the one that is connected to: a name may point elsewhere the next moment.
         address = await self._address(url)
         extensions = {"sni_hostname": url.host} if url.scheme == "https" else {}

@@ -1,4 +1,4 @@
-"""What tests of the server share: databases of records, of both kinds."""
+"""What tests of the server share: databases of records, of both kinds, and a receiver of traces."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from apt_serve.records.config import RecordsConfig
 from tests.apt_serve.records.postgres import PostgresServer, needs_postgres, postgres_server
+from tests.apt_serve.telemetry.collector import Collector
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,11 @@ def records(request: pytest.FixtureRequest, tmp_path: Path) -> RecordsConfig:
     """Empty records, in SQLite and in PostgreSQL."""
     url = None if request.param == "sqlite" else request.getfixturevalue("postgres").new_database()
     return RecordsConfig(url=url, folder=str(tmp_path))
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """A running one."""
+    collector = Collector()
+    yield collector
+    collector.close()

@@ -20,6 +20,7 @@ from apt_serve.api.metrics import PrometheusMetrics
 from apt_serve.config import ServerConfig
 from apt_serve.jobs.config import JobsConfig
 from apt_serve.records.config import RecordsConfig
+from apt_serve.telemetry.config import TelemetryConfig
 from tests.apt_serve.api.live_server import LiveServer
 from tests.apt_serve.api.scripted_engine import Script, ScriptedEngine
 
@@ -35,6 +36,8 @@ JOBS = JobsConfig(
     webhook_secret=SECRET,
     webhook_allow_private=True,
 )
+
+NO_TELEMETRY = TelemetryConfig()
 
 
 class Callers:
@@ -77,11 +80,13 @@ def line(name: str, **body: object) -> dict[str, object]:
     return {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body}
 
 
-def make_server(folder: Path, jobs: JobsConfig = JOBS) -> tuple[ScriptedEngine, LiveServer]:
+def make_server(
+    folder: Path, jobs: JobsConfig = JOBS, telemetry: TelemetryConfig = NO_TELEMETRY
+) -> tuple[ScriptedEngine, LiveServer]:
     """Not yet started."""
     prometheus = PrometheusMetrics("scripted")
     engine = ScriptedEngine(prometheus)
-    config = ServerConfig(jobs=jobs, records=RecordsConfig(folder=str(folder)))
+    config = ServerConfig(jobs=jobs, records=RecordsConfig(folder=str(folder)), telemetry=telemetry)
     app = create_app(config, engine, prometheus)
     app.add_middleware(Callers)
     return engine, LiveServer(app)

@@ -22,8 +22,10 @@ from apt_serve.jobs.job_store import JobStore
 from apt_serve.jobs.webhook import ForbiddenAddressError, Webhooks, is_public
 from apt_serve.records.config import RecordsConfig
 from apt_serve.records.database import Database
+from apt_serve.telemetry.config import TelemetryConfig
 from tests.apt_serve.api.live_server import wait_until
-from tests.apt_serve.jobs.conftest import JOBS, SECRET, Jobs
+from tests.apt_serve.jobs.conftest import JOBS, SECRET, Jobs, make_server
+from tests.apt_serve.telemetry.collector import Collector
 
 BODY = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
 
@@ -215,3 +217,18 @@ async def test_webhooks_into_the_own_network_are_refused(tmp_path: Path, receive
 def test_secrets_that_are_none_are_refused(secret: str) -> None:
     with pytest.raises(ConfigError, match="webhook_secret"):
         JobsConfig(webhook_secret=secret)
+
+
+def test_a_jobs_request_and_its_webhook_continue_the_trace_of_its_submission(
+    tmp_path: Path, receiver: Receiver, collector: Collector
+) -> None:
+    _, server = make_server(tmp_path, telemetry=TelemetryConfig(traces_endpoint=collector.url))
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    with server, httpx.Client(base_url=server.base_url, headers={"X-Test-Owner": "alice"}) as http:
+        job = {"endpoint": "/v1/completions", "body": BODY, "webhook_url": receiver.url}
+        traced = {"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"}
+        submitted = http.post("/v1/jobs", json=job, headers=traced)
+        headers, _ = receiver.calls.get(timeout=30)
+    assert headers["traceparent"] == submitted.headers["traceparent"]
+    spans = {span.name: span for span in collector.spans if span.trace_id.hex() == trace_id}
+    assert spans["POST /v1/completions"].parent_span_id == spans["POST /v1/jobs"].span_id
