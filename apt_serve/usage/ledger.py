@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Final
 
 from apt_serve.access.identity import Identity
-from apt_serve.records.database import RecordsError
 from apt_serve.usage.records import Account, Usage
 from apt_serve.usage.store import UsageStore
 
@@ -65,7 +64,7 @@ class UsageLedger:
         entries, self._noted = self._noted, {}
         try:
             await self.store.add(entries)
-        except RecordsError as error:
+        except Exception as error:  # whatever it is, it must not end the writing
             for account, usage in entries.items():
                 self._noted[account] = usage + self._noted.get(account, Usage())
             if not self._is_failing:
