@@ -168,6 +168,8 @@ def test_pages_hold_every_batch_once(jobs: Jobs) -> None:
         {"surprise": 1},
         {"webhook_url": "https://user:password@example.com"},
         {"webhook_url": "ftp://example.com"},
+        {"webhook_url": "https://a..b/"},
+        {"webhook_url": f"https://{'a' * 64}.example.com/"},
     ],
 )
 def test_what_could_not_run_is_refused(jobs: Jobs, body: dict[str, object]) -> None:

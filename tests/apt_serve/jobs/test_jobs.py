@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from apt_core.errors import ConfigError, InvalidRequestError
 from apt_serve.jobs.config import JobsConfig
 from apt_serve.jobs.job_store import JobStore
+from apt_serve.jobs.records import JobRecord
 from apt_serve.jobs.webhook import ForbiddenAddressError, Webhooks, is_public
 from apt_serve.records.config import RecordsConfig
 from apt_serve.records.database import Database
@@ -117,6 +119,8 @@ class Receiver:
 
     url: str = ""
     failures: int = 0
+    is_endless: bool = False
+    """Whether its answers never end."""
     calls: queue.Queue[tuple[dict[str, str], bytes]] = field(default_factory=queue.Queue)
 
 
@@ -129,10 +133,13 @@ def receiver() -> Iterator[Receiver]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             found.failures -= 1
-            self.send_response(204 if found.failures < 0 else 302)
+            self.send_response(200 if found.failures < 0 else 302)
             self.send_header("Location", "/elsewhere")
             self.end_headers()
             found.calls.put((dict(self.headers), body))
+            with suppress(ConnectionError):
+                while found.is_endless:
+                    self.wfile.write(bytes(65536))
 
         def log_message(self, *_: object) -> None:
             pass
@@ -142,6 +149,7 @@ def receiver() -> Iterator[Receiver]:
         thread.start()
         found.url = f"http://localhost:{server.server_port}/hook"
         yield found
+        found.is_endless = False
         server.shutdown()
         thread.join()
 
@@ -172,6 +180,34 @@ def test_a_webhook_is_tried_again_with_the_same_id(
     assert json.loads(calls[2][1])["type"] == "job.completed"
     time.sleep(0.3)
     assert receiver.calls.empty()
+
+
+def test_the_answer_to_a_webhook_is_not_read(jobs: Jobs, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be tried again, after it had filled the memory."""
+    monkeypatch.setattr("apt_serve.jobs.webhook._TIMEOUT_S", 1.0)
+    monkeypatch.setattr("apt_serve.jobs.webhook.RETRY_AFTER_S", (0.1, 0.1, 0.1))
+    receiver.is_endless = True
+    submit(jobs, webhook_url=receiver.url)
+    receiver.calls.get(timeout=30)
+    with pytest.raises(queue.Empty):
+        receiver.calls.get(timeout=3)
+
+
+def test_a_webhook_that_fails_in_an_unexpected_way_is_not_tried_forever(
+    jobs: Jobs, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def post(self: Webhooks, job: JobRecord, key: bytes) -> None:
+        tries.put(job.id)
+        raise RuntimeError("unexpected")
+
+    tries: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(Webhooks, "_post", post)
+    monkeypatch.setattr("apt_serve.jobs.webhook._TIMEOUT_S", 0.1)
+    monkeypatch.setattr("apt_serve.jobs.webhook.RETRY_AFTER_S", (0.1,))
+    job = submit(jobs, webhook_url=receiver.url)
+    assert [tries.get(timeout=30) for _ in range(2)] == [job["id"]] * 2
+    with pytest.raises(queue.Empty):
+        tries.get(timeout=2)
 
 
 @pytest.mark.parametrize(
