@@ -16,7 +16,7 @@ from typing import BinaryIO
 from sqlalchemy import ColumnElement, delete, func, insert, or_, select
 
 from apt_core.errors import AptError
-from apt_serve.jobs.records import FILES, FileRecord
+from apt_serve.jobs.records import ACTIVE, FILES, JOBS, FileRecord
 from apt_serve.records.config import RecordsConfig
 from apt_serve.records.database import Database
 
@@ -24,6 +24,8 @@ _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 _UNFINISHED = ".part"
 _ORPHAN_S = 3600.0
 """Bytes without a row, left by a process that was killed, are deleted after this long."""
+_NAMES_AT_A_TIME = 1000
+"""In one query: databases limit its parameters."""
 
 
 class StorageFullError(AptError):
@@ -111,15 +113,18 @@ class FileStore:
         self.path(file_id).unlink(missing_ok=True)
 
     async def sweep(self) -> None:
-        """Delete files that have expired, and bytes that belong to none."""
+        """Delete files that have expired and that no batch still reads, and bytes that belong to none."""
+        read = select(JOBS.c.id).where(JOBS.c.input_file_id == FILES.c.id, JOBS.c.state.in_(ACTIVE))
         expired = FILES.c.expires_at < time.time()
         async with self._database.begin() as connection:
-            await connection.execute(delete(FILES).where(expired))
+            await connection.execute(delete(FILES).where(expired, ~read.exists()))
         old = await asyncio.to_thread(self._older_than, time.time() - _ORPHAN_S)
-        async with self._database.begin() as connection:
-            known = set((await connection.execute(select(FILES.c.id).where(FILES.c.id.in_(old)))).scalars())
-        for name in set(old) - known:
-            (self._folder / name).unlink(missing_ok=True)
+        for start in range(0, len(old), _NAMES_AT_A_TIME):
+            names = old[start : start + _NAMES_AT_A_TIME]
+            async with self._database.begin() as connection:
+                known = set((await connection.execute(select(FILES.c.id).where(FILES.c.id.in_(names)))).scalars())
+            for name in set(names) - known:
+                (self._folder / name).unlink(missing_ok=True)
 
     def _copy(self, file_id: str, source: BinaryIO) -> int:
         with self.writing(file_id) as file:

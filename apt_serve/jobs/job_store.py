@@ -123,9 +123,9 @@ class JobStore:
             return State(state.scalar_one())
 
     async def release(self, claim: Claim) -> None:
-        """Let another worker take it at once."""
+        """Let another worker take it at once; it is not to blame for this one's end."""
         async with self._database.begin() as connection:
-            await _write(connection, claim, lease_until=0.0, enqueued_at=0.0)
+            await _write(connection, claim, lease_until=0.0, enqueued_at=0.0, fruitless=JOBS.c.fruitless - 1)
 
     async def begin(self, claim: Claim, total: int) -> None:
         """Its lines are sound and there are so many."""

@@ -18,6 +18,7 @@ from apt_serve.jobs.records import FileRecord, JobRecord, LineResult, State
 _REASONS = {
     State.EXPIRED: ("batch_expired", "This request was not executed before the completion window expired."),
     State.CANCELLED: ("batch_cancelled", "This request was not executed before the batch was cancelled."),
+    State.FAILED: ("worker_lost", "This request was not executed before workers had ended too often."),
 }
 
 

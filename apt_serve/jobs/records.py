@@ -122,7 +122,7 @@ class JobRecord:
     output_expires_s: float | None
     metadata: dict[str, str] | None
     errors: list[dict[str, Any]] | None
-    """Why it failed before any line ran: code, message, param and line."""
+    """Why it failed: code, message, param and line."""
     state: State
     created_at: float
     expires_at: float

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
+from dataclasses import asdict
 
 from apt_serve.jobs.config import JobsConfig
 from apt_serve.jobs.file_store import FileStore
@@ -20,7 +21,7 @@ from apt_serve.records.database import RecordsError
 logger = logging.getLogger(__name__)
 
 MAX_FRUITLESS = 10
-"""A job that workers took so often without any result ends as failed: it seems to kill them."""
+"""After workers took a job so often without any result, no line of it is run again: it seems to kill them."""
 
 
 class Worker:
@@ -54,13 +55,14 @@ class Worker:
 
     async def _run(self, claim: Claim) -> None:
         job = claim.job
-        if job.fruitless > MAX_FRUITLESS:
-            message = f"Workers that took it ended {MAX_FRUITLESS} times before any result."
-            await self._store.finish(claim, State.FAILED, errors=[_problem("worker_lost", message)])
-            return
-        if job.state is State.VALIDATING and not await self._is_sound(claim):
-            return
-        if not self._is_over(job, await self._store.renew(claim)):
+        is_deadly = job.fruitless > MAX_FRUITLESS
+        if job.state is State.VALIDATING:
+            if is_deadly:
+                await self._store.finish(claim, State.FAILED, errors=[_LOST])
+                return
+            if not await self._is_sound(claim):
+                return
+        if not is_deadly and not self._is_over(job, await self._store.renew(claim)):
             await self._while_held(claim, self._run_lines(claim), ends_early=True)
         await self._store.finalize(claim)
         await self._while_held(claim, self._finish(claim), ends_early=False)
@@ -127,13 +129,14 @@ class Worker:
         job = await self._store.get(claim.job.kind, claim.job.owner, claim.job.id)
         assert job is not None
         ending = _ending(job)
+        errors = [_LOST] if ending is State.FAILED and job.completed + job.failed < job.total else None
         if job.kind is Kind.JOB:
-            await self._store.finish(claim, ending)
+            await self._store.finish(claim, ending, errors=errors)
             return
         output = OutputFiles(job, self._store, self._files, self._config.retention_s)
         try:
-            answers, errors = await output.write(ending)
-            await self._store.finish(claim, ending, output=answers, errors_file=errors)
+            answers, failures = await output.write(ending)
+            await self._store.finish(claim, ending, output=answers, errors_file=failures, errors=errors)
         except LeaseLostError:  # after any other failure they may be the batch's
             output.discard()
             raise
@@ -162,9 +165,13 @@ def _ending(job: JobRecord) -> State:
         return State.FAILED
     if job.state is State.CANCELLING:
         return State.CANCELLED
-    return State.COMPLETED if job.completed + job.failed == job.total else State.EXPIRED
+    if job.completed + job.failed == job.total:
+        return State.COMPLETED
+    return State.EXPIRED if time.time() >= job.expires_at else State.FAILED
 
 
 def _problem(code: str, message: str) -> dict[str, object]:
-    problem = Problem(code, message, None, None)
-    return {"code": problem.code, "message": problem.message, "param": problem.param, "line": problem.line}
+    return asdict(Problem(code, message, None, None))
+
+
+_LOST = _problem("worker_lost", f"Workers that took it ended {MAX_FRUITLESS} times in a row before any result.")
