@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_keys(commands)
     _add_usage(commands)
+    _add_errors(commands)
     _add_worker(commands)
     _add_bench(commands)
     return parser
@@ -112,6 +113,14 @@ def _add_usage(commands: Commands) -> None:
     usage.add_argument("--days", type=int, default=30, metavar="N", help="days of UTC, the last today (default: 30)")
     usage.add_argument("--per-day", action="store_true", help="each day by itself")
     usage.add_argument("--config", metavar="FILE", help="the server's settings, which say where records are kept")
+
+
+def _add_errors(commands: Commands) -> None:
+    errors = commands.add_parser("errors", help="count the server's faults by their causes", allow_abbrev=False)
+    errors.set_defaults(command="errors")
+    errors.add_argument("--days", type=float, default=7.0, metavar="N", help="of the last days (default: 7)")
+    errors.add_argument("--html", metavar="FILE", help="write a page there as well")
+    errors.add_argument("--config", metavar="FILE", help="the server's settings, which say where records are kept")
 
 
 def _add_worker(commands: Commands) -> None:

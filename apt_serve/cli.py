@@ -185,6 +185,12 @@ def _usage(options: argparse.Namespace) -> int:
     return usage_command.run(options, _settings_in_file(options))
 
 
+def _errors(options: argparse.Namespace) -> int:
+    from apt_serve import errors_command
+
+    return errors_command.run(options, _settings_in_file(options))
+
+
 def _settings_in_file(options: argparse.Namespace) -> ServerConfig:
     file = _in_file(options.config) if options.config else default_config_file()
     return parse(ServerConfig, file.args)
@@ -195,7 +201,10 @@ def _worker(options: argparse.Namespace) -> int:
     if config.jobs.redis_url is None:
         raise ConfigError("without Redis the server runs its jobs by itself", field="jobs.redis_url")
     from apt_serve.jobs.remote_worker import RemoteWorker
+    from apt_serve.telemetry.error_log import ErrorLog
 
+    if config.telemetry.error_log:
+        ErrorLog(config.records.path).start()
     pepper = read_pepper(config.access.pepper_variable, config.records.path)
     RemoteWorker(config.jobs, config.records, pepper, config.job_priority).run()
     return 0
@@ -228,6 +237,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": _generate,
     "keys": _keys,
     "usage": _usage,
+    "errors": _errors,
     "worker": _worker,
     "bench": _bench,
 }

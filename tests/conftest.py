@@ -33,6 +33,12 @@ UNTRACED = (
 each of these tries hundreds of random cases."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _records_in_a_folder_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Servers that are told no other folder for their records keep none in the user's."""
+    os.environ["APT_RECORDS"] = str(tmp_path_factory.mktemp("records"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Among pytest-xdist's workers, begin with Ray: it waits much, and the rest fills those waits to the end."""
     for item in items:

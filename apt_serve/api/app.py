@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
@@ -49,7 +49,7 @@ from apt_serve.api.middleware import (
     RequestIdMiddleware,
 )
 from apt_serve.api.model_fleet import ModelFleet
-from apt_serve.api.observe import ObserveMiddleware, Observer, addressed_model
+from apt_serve.api.observe import ObserveMiddleware, Observer, addressed_model, routed
 from apt_serve.api.served_models import ServedModels
 from apt_serve.api.state import ApiState
 from apt_serve.api.streaming import WEIGHT_VERSION_HEADER
@@ -112,12 +112,13 @@ def create_app(
     access = Authenticator(config.access, config.records, database, admin_token)
     prometheus.watch(engine)
     prometheus.know_classes(config.limits.classes)
-    observer = Observer(config.telemetry, prometheus)
+    observer = Observer(config.telemetry, prometheus, config.records)
     app = FastAPIOffline(  # /docs works without a network
         redoc_url=None,
         title=openapi.TITLE,
         description=openapi.DESCRIPTION,
         openapi_tags=openapi.TAGS,
+        dependencies=[Depends(routed)],
         lifespan=_lifespan if runs_engine else None,
         middleware=_middleware(config, access, observer, is_behind_serve),
         exception_handlers={

@@ -26,6 +26,7 @@ from apt_serve.engine.client import (
 from apt_serve.limits.limiter import RateLimitedError
 from apt_serve.models.errors import ModelBusyError, ModelInUseError, ModelLoadError, ModelTooLargeError
 from apt_serve.records.database import RecordsError
+from apt_serve.telemetry.exchange import CURRENT
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(504, str(error), type="timeout_error", code="request_timeout")
         case HTTPException():
             return _from_http(error)
-    logger.error("a request failed by a fault of the server's", exc_info=error)
+    exchange = CURRENT.get()
+    logger.error("request %s failed by a fault of the server's", exchange and exchange.request_id, exc_info=error)
     return ApiError(500, "The server failed to answer.", type="server_error", code="internal_error")
 
 

@@ -69,9 +69,9 @@ class LastResortMiddleware:
         try:
             await self._app(scope, receive, watched_send)
         except Exception as error:
-            logger.exception("request %s failed", scope["state"]["request_id"])
-            if has_started:
-                raise  # the status is gone: all that is left is to cut the connection
+            if has_started:  # the status is gone: all that is left is to cut the connection
+                logger.exception("the answer to request %s broke off", scope["state"]["request_id"])
+                raise
             await as_api_error(error).response()(scope, receive, send)
 
 

@@ -10,14 +10,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apt_serve.access.identity import Identity
 from apt_serve.api.errors import CLIENT_CLOSED_REQUEST, as_api_error
 from apt_serve.api.generation import ChoiceDelta, Job
 from apt_serve.api.metrics import PrometheusMetrics
+from apt_serve.records.config import RecordsConfig
 from apt_serve.telemetry.access_log import AccessLog
 from apt_serve.telemetry.config import TelemetryConfig
+from apt_serve.telemetry.error_log import ErrorLog
 from apt_serve.telemetry.exchange import CURRENT, Exchange
 
 if TYPE_CHECKING:
@@ -25,12 +28,18 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Where the ends of exchanges are reported. One per app."""
+    """Where the ends of exchanges are reported, and faults on their way. One per app."""
 
-    def __init__(self, config: TelemetryConfig, metrics: PrometheusMetrics) -> None:
+    def __init__(self, config: TelemetryConfig, metrics: PrometheusMetrics, records: RecordsConfig) -> None:
         self._metrics = metrics
         self._access_log = AccessLog() if config.access_log else None
+        self._error_log = ErrorLog(records.path) if config.error_log else None
         self._tracing = _tracing(config)
+
+    def start(self) -> None:
+        """Begin to keep faults."""
+        if self._error_log is not None:
+            self._error_log.start()
 
     @contextmanager
     def follow(self, exchange: Exchange, headers: Mapping[str, str]) -> Iterator[None]:
@@ -71,13 +80,16 @@ class Observer:
                 exchange.status = CLIENT_CLOSED_REQUEST
                 raise
             except Exception as error:
-                exchange.status = as_api_error(error).status_code
-                raise
+                answer = as_api_error(error)
+                exchange.status = answer.status_code
+                raise answer from error
             else:
                 exchange.status = 200
 
     async def close(self) -> None:
-        """Send the traces that have not been sent."""
+        """Send the traces that have not been sent, and keep no more faults."""
+        if self._error_log is not None:
+            self._error_log.stop()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
 
@@ -127,6 +139,14 @@ class ObserveMiddleware:
             finally:
                 exchange.route = getattr(scope.get("route"), "path", exchange.route)
                 exchange.caller = scope["state"].get("identity")
+
+
+async def routed(connection: HTTPConnection) -> None:
+    """A dependency of every route: a fault on the way knows which one it was."""
+    exchange = CURRENT.get()
+    if exchange is not None:
+        exchange.route = connection.scope["route"].path
+        exchange.caller = connection.scope["state"].get("identity")
 
 
 def addressed(model: str) -> None:

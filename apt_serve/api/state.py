@@ -61,7 +61,7 @@ class ApiState:
     usage: UsageLedger
     """What they have taken."""
     observer: Observer
-    """Told of every request that has ended."""
+    """Told of every request that has ended, and of every fault."""
     models: ServedModels
     """The default model and the others."""
     model_fleet: ModelFleet
@@ -70,6 +70,7 @@ class ApiState:
 
     async def start(self) -> None:
         """Load the model and make ready."""
+        self.observer.start()
         self.access.start()
         self.usage.start()
         await self.engine.start()

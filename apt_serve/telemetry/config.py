@@ -1,4 +1,4 @@
-"""Settings of the access log and of traces."""
+"""Settings of the logs and of traces."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class TelemetryConfig:
 
     access_log: bool = False
     """Write a line of JSON to stdout for each request."""
+    error_log: bool = True
+    """Keep faults of the server in the records' folder, for `apt-serve errors`."""
     traces_endpoint: str | None = None
     """Where traces go, by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; None: nowhere."""
     traces_sample_ratio: float = 1.0

@@ -10,13 +10,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+from apt_core.error_log.log import ErrorLogger
 from apt_core.errors import ConfigError
-from apt_train.errors.log import ErrorLogger
 from apt_train.errors.recovery import OutOfMemoryRecovery, RecoverySettings, with_backoff
 from apt_train.errors.watchdog import Watchdog, WatchdogSettings, open_watchdog
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+PLACES = ("rank", "step")
+"""What the report of a run's errors counts by."""
 
 
 class Guard:
@@ -32,7 +35,7 @@ class Guard:
     def __init__(
         self, recovery: RecoverySettings, watchdog: WatchdogSettings, folder: Path, *, rank: int, num_ranks: int
     ) -> None:
-        self.errors = ErrorLogger(folder / "errors", rank)
+        self.errors = ErrorLogger(folder / "errors", f"rank{rank}", PLACES)
         self.memory = OutOfMemoryRecovery(
             recovery, folder / "micro_batch_parts.json", has_collectives=num_ranks > 1, note=self.note
         )
@@ -92,7 +95,7 @@ class Guard:
     def note(self, error: BaseException) -> None:
         """Log an error, whether or not the run goes on."""
         self.num_noted += 1
-        self.errors.log_to_file(error, {"step": self._step, "phase": self._phase})
+        self.errors.log_to_file(error, {"rank": self._rank, "step": self._step, "phase": self._phase})
 
     def note_once(self, error: BaseException) -> None:
         """Log what all ranks find alike."""

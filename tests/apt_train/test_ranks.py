@@ -77,7 +77,7 @@ def test_all_ranks_skip_the_sick_steps_and_one_log_names_them(settings, steps, t
     assert results[0][0] == len(expected)
     assert not (tmp_path / "run/errors/errors-rank1.jsonl").exists()
     records = [json.loads(line) for line in (tmp_path / "run/errors/errors-rank0.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [step for step, _ in expected]
+    assert [record["context"]["step"] for record in records] == [step for step, _ in expected]
     assert all(f"{SICK}: {fault}" in r["message"] for r, (_, fault) in zip(records, expected, strict=True))
 
 
@@ -120,7 +120,7 @@ def test_what_one_rank_does_ends_all_with_one_report(how, limit_s, tmp_path):
     if how == "raise":
         assert "ValueError: the data of this step is broken" in report
         (record,) = (tmp_path / "run/errors/errors-rank1.jsonl").read_text().splitlines()
-        assert json.loads(record)["step"] == BAD_STEP
+        assert json.loads(record)["context"].items() >= {"rank": 1, "step": BAD_STEP}.items()
     assert ended - float((tmp_path / "misbehaved").read_text()) < limit_s
 
 

@@ -14,10 +14,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from apt_core.error_log.log import ErrorLogger
+from apt_core.error_log.report import ErrorPatterns
 from apt_train.cli import USAGE_ERROR, main
 from apt_train.config import read_config
 from apt_train.data import DataLoader
-from apt_train.errors.log import ErrorLogger
+from apt_train.errors.guard import PLACES
 from apt_train.journal import Summary
 from apt_train.loop import StepResult, Sums, Trainer
 from apt_train.monitor.gradients import TrainingDivergedError
@@ -57,18 +59,22 @@ def test_nan_explosion_and_dead_layer_are_each_named_in_their_step_and_nothing_e
     summary = run(tmp_path, 24)
     assert summary.num_skipped == 3
     records = [json.loads(line) for line in (tmp_path / "run/errors/errors-rank0.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [4, 14, 18]
+    assert [record["context"]["step"] for record in records] == [4, 14, 18]
     for record, fault in zip(records, ("non-finite", "exploding", "vanishing"), strict=True):
         assert f"{SICK}: {fault}" in record["message"]
     assert "UnhealthyGradientsError" in (tmp_path / "run/errors/errors.md").read_text()
+
+
+def patterns_of(folder: Path) -> ErrorPatterns:
+    return ErrorLogger(folder / "errors", "reader", PLACES).analyze_error_patterns()
 
 
 def test_sick_steps_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "update", disturbed(dict.fromkeys(range(3, 20), one_nan)))
     with pytest.raises(TrainingDivergedError, match=f"3 skipped steps in a row; step 5(.|\n)*{SICK}: non-finite"):
         run(tmp_path, 10, monitor__max_skipped_steps="3")
-    patterns = ErrorLogger(tmp_path / "run/errors", 0).analyze_error_patterns()
-    assert [cause.steps for cause in patterns.causes if "TrainingDiverged" in cause.name] == ["5"]
+    patterns = patterns_of(tmp_path / "run")
+    assert [cause.seen_at("step") for cause in patterns.causes if "TrainingDiverged" in cause.name] == ["5"]
 
 
 def losses(folder: Path) -> list[float]:
@@ -94,7 +100,7 @@ def test_a_run_that_is_short_of_memory_goes_on_with_smaller_micro_batches_and_th
     assert summary.steps == 6
     assert tried[0] == 64 and all(tokens <= 50 for tokens in tried[-12:])
     assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "enough"), rel=0.02)
-    (cause,) = ErrorLogger(tmp_path / "short/run/errors", 0).analyze_error_patterns().causes
+    (cause,) = patterns_of(tmp_path / "short/run").causes
     assert cause.name.startswith("OutOfMemoryError")
 
 
@@ -109,8 +115,8 @@ def test_a_fault_of_the_disk_that_passes_is_logged_and_the_run_goes_on(tmp_path,
     monkeypatch.setattr(DataLoader, "__next__", failing)
     summary = run(tmp_path, 3, recovery__io_first_wait_s="0.01")
     assert summary.steps == 3
-    (cause,) = ErrorLogger(tmp_path / "run/errors", 0).analyze_error_patterns().causes
-    assert (cause.count, cause.steps) == (2, "2")
+    (cause,) = patterns_of(tmp_path / "run").causes
+    assert (cause.count, cause.seen_at("step")) == (2, "2")
     assert "bad cable" in cause.name
 
 

@@ -21,27 +21,28 @@ class ErrorRecord:
     """What is kept of an error."""
 
     kind: str
-    """The exception's class."""
+    """The exception's class, or whatever else tells errors of one sort from others."""
     message: str
-    rank: int
-    step: int | None = None
-    time: float = 0.0
+    time: float
     """Seconds since 1970."""
     traceback: str = ""
     context: dict[str, Any] = field(default_factory=dict)
-    """What the caller adds, such as the phase of the step."""
+    """Where it happened, such as the rank and the step, or the route and the model."""
 
     @classmethod
-    def of(cls, error: BaseException, rank: int, context: Mapping[str, Any]) -> ErrorRecord:
-        """Describe an error; the context's ``step`` is the step."""
-        rest = dict(context)
-        step = rest.pop("step", None)
+    def of(cls, error: BaseException, context: Mapping[str, Any]) -> ErrorRecord:
+        """Describe an exception."""
         text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
-        return cls(type(error).__name__, str(error)[:MAX_MESSAGE], rank, step, time.time(), text, rest)
+        return cls(type(error).__name__, str(error)[:MAX_MESSAGE], time.time(), text, dict(context))
+
+    @classmethod
+    def said(cls, kind: str, message: str, context: Mapping[str, Any]) -> ErrorRecord:
+        """Describe an error that is no exception."""
+        return cls(kind, message[:MAX_MESSAGE], time.time(), context=dict(context))
 
     @property
     def cause(self) -> str:
-        """Class and message without numbers: errors that differ in sizes and addresses only have the same."""
+        """Kind and message without numbers: errors that differ in sizes and addresses only have the same."""
         lines = self.message.splitlines()
         return f"{self.kind}: {_VARIES.sub('#', lines[0] if lines else '')}"
 
