@@ -36,9 +36,8 @@ from apt_serve.telemetry.config import TelemetryConfig
 from tests.apt_serve.access.signing import AUDIENCE, ISSUER, SECRET, good_claims, hs256
 from tests.apt_serve.api.live_server import wait_until
 from tests.apt_serve.rpc.live_grpc import LiveGrpc, details, trailers
-from tests.apt_serve.telemetry.test_observe import PARENT, Collector, collector
-
-__all__ = ["collector"]
+from tests.apt_serve.telemetry.collector import Collector
+from tests.apt_serve.telemetry.test_observe import PARENT
 
 SHORT = GenerateRequest(text="Hello", sampling=Sampling(max_tokens=3))
 LONG = GenerateRequest(text="Hello", sampling=Sampling(max_tokens=3000, temperature=0), request_id="mine")
