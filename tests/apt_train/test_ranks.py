@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 from apt_train.config import read_config
@@ -23,6 +22,7 @@ from apt_train.loop import StepResult, Sums, Trainer
 from apt_train.parallel.parallelize import plain
 from apt_train.train import train
 from tests.apt_train.faulty_rank import BAD_STEP
+from tests.apt_train.ranks import spawn
 from tests.apt_train.runs import ROOT, SICK, write_config
 
 FAULTS = {4: "non-finite", 14: "exploding", 18: "vanishing"}
@@ -49,34 +49,48 @@ def _disturb(rank: int) -> None:
     Trainer.update = disturbed  # type: ignore[method-assign]
 
 
-def _run_rank(rank: int, folder: str, config: str, settings: dict[str, str]) -> None:
+RUNS = {
+    "replicated": ({"parallel.replicated": "2"}, 22),
+    "fully_sharded": ({"parallel.fully_sharded": "2", "parallel.recompute": "full"}, 22),
+    # One rank alone sees its gradients overflow; the loss scale has to be lowered on both.
+    "float16": ({"parallel.fully_sharded": "2", "run.precision": "float16"}, 6),
+}
+"""Settings and steps, by name."""
+
+
+def _run_rank(rank: int, folder: Path) -> None:
+    """All runs, one after another, each in its folder."""
     torch.set_num_threads(1)
     os.environ["WORLD_SIZE"] = "2"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     _disturb(rank)
-    summary = train(read_config(config, settings))
-    Path(folder, f"{rank}.json").write_text(json.dumps([summary.num_skipped, summary.loss]))
-    dist.destroy_process_group()
+    for name, (settings, _) in RUNS.items():
+        own = folder / name
+        dist.init_process_group("gloo", init_method=f"file://{own}/meet", rank=rank, world_size=2)
+        summary = train(read_config(f"{own}/config.toml", settings))
+        (own / f"{rank}.json").write_text(json.dumps([summary.num_skipped, summary.loss]))
+        dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("settings", "steps"),
-    [
-        ({"parallel.replicated": "2"}, 22),
-        ({"parallel.fully_sharded": "2", "parallel.recompute": "full"}, 22),
-        # One rank alone sees its gradients overflow; the loss scale has to be lowered on both.
-        ({"parallel.fully_sharded": "2", "run.precision": "float16"}, 6),
-    ],
-    ids=["replicated", "fully_sharded", "float16"],
-)
-def test_all_ranks_skip_the_sick_steps_and_one_log_names_them(settings, steps, tmp_path):
-    mp.spawn(_run_rank, (str(tmp_path), write_config(tmp_path, steps), settings), nprocs=2)
+@pytest.fixture(scope="module")
+def sick_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of RUNS, which have ended."""
+    folder = tmp_path_factory.mktemp("sick")
+    for name, (_, steps) in RUNS.items():
+        (folder / name).mkdir()
+        write_config(folder / name, steps)
+    spawn(_run_rank, (folder,), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_all_ranks_skip_the_sick_steps_and_one_log_names_them(name: str, sick_runs: Path) -> None:
+    folder, steps = sick_runs / name, RUNS[name][1]
     expected = [(step, fault) for step, fault in FAULTS.items() if step <= steps]
-    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     assert results[0] == results[1]
     assert results[0][0] == len(expected)
-    assert not (tmp_path / "run/errors/errors-rank1.jsonl").exists()
-    records = [json.loads(line) for line in (tmp_path / "run/errors/errors-rank0.jsonl").read_text().splitlines()]
+    assert not (folder / "run/errors/errors-rank1.jsonl").exists()
+    records = [json.loads(line) for line in (folder / "run/errors/errors-rank0.jsonl").read_text().splitlines()]
     assert [record["context"]["step"] for record in records] == [step for step, _ in expected]
     assert all(f"{SICK}: {fault}" in r["message"] for r, (_, fault) in zip(records, expected, strict=True))
 

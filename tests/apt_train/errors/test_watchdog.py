@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -15,38 +13,36 @@ import pytest
 from apt_train.errors.board import Board, Heartbeat, ProcessId, Stop
 from apt_train.errors.stop_report import report_text, stalled_ranks
 from apt_train.errors.watchdog import ExitCode, WatchdogSettings, _Phase
+from tests.apt_train.errors.watched_rank import BAD_STEP, watched_rank
+from tests.apt_train.ranks import FORKS
 
-ROOT = Path(__file__).parents[3]
 SIGKILLED = -9
-BAD_STEP = 3
-"""Of watched_rank.py."""
 
 
 @contextmanager
-def ranks(size: int, how: str, culprit: int, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("watched_rank.py"))]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), how, str(culprit), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+def ranks(size: int, how: str, culprit: int, folder: Path) -> Iterator[list[ForkServerProcess]]:
+    processes = [FORKS.Process(target=watched_rank, args=(rank, size, how, culprit, folder)) for rank in range(size)]
+    for process in processes:
+        process.start()
     try:
         yield processes
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.join()
 
 
-def run(size: int, how: str, culprit: int, folder: Path) -> tuple[list[int], str, float]:
+def exit_codes(processes: list[ForkServerProcess]) -> list[int | None]:
+    """Waits for their ends."""
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def run(size: int, how: str, culprit: int, folder: Path) -> tuple[list[int | None], str, float]:
     """Exit codes, the report, and the seconds from misbehaviour to the last end."""
     with ranks(size, how, culprit, folder) as processes:
-        codes = [process.wait(timeout=60) for process in processes]
+        codes = exit_codes(processes)
         ended = time.time()
     reports = list((folder / "watch").glob("*/report.md"))
     assert len(reports) == 1
@@ -105,7 +101,7 @@ def test_a_rank_that_cannot_answer_is_named_and_ended(how: str, culprit: int, tm
 @pytest.mark.parametrize("how", ["slow", "retry"])
 def test_neither_an_announced_phase_nor_a_rank_that_others_wait_for_is_a_hang(how: str, tmp_path: Path) -> None:
     with ranks(2, how, 0, tmp_path) as processes:
-        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+        assert exit_codes(processes) == [0, 0]
     assert not list((tmp_path / "watch").glob("*/stop.json"))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +34,7 @@ def misbehave(how: str) -> None:
             ctypes.PyDLL(None).sleep(1000)
 
 
-def main(rank: int, size: int, how: str, culprit: int, folder: Path) -> None:
+def watched_rank(rank: int, size: int, how: str, culprit: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=5))
     with open_watchdog(SETTINGS, folder / "watch") as watchdog:
@@ -53,7 +52,3 @@ def main(rank: int, size: int, how: str, culprit: int, folder: Path) -> None:
                 misbehave(how)
             dist.all_reduce(torch.ones(3))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), Path(sys.argv[5]))

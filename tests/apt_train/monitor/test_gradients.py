@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +16,7 @@ from apt_core.metadata import AttentionMetadata
 from apt_core.model_config import ModelConfig
 from apt_core.models.decoder import DecoderForCausalLM
 from apt_train.monitor.gradients import Fault, GradientMonitor, GradientReport, GradientSettings, TrainingDivergedError
+from tests.apt_train.ranks import spawn
 
 TEXT = (Path(__file__).parents[3] / "ARCHITECTURE.md").read_bytes()
 TOKENS = 64
@@ -183,7 +183,7 @@ def _norms_of_rank(rank: int, size: int, folder: str) -> None:
 
 
 def test_ranks_agree_on_norms_of_whole_parameters_and_on_what_is_sick(tmp_path: Path) -> None:
-    mp.spawn(_norms_of_rank, (2, str(tmp_path)), nprocs=2)
+    spawn(_norms_of_rank, (2, str(tmp_path)), nprocs=2)
     torch.manual_seed(0)
     whole = nn.ModuleDict({"sharded": nn.Linear(5, 7), "plain": nn.Linear(5, 7), "stage": nn.Linear(5, 7)})
     sum(part(torch.ones(3, 5)).square().sum() for part in whole.values()).backward()

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from apt_train.config import OptimizerSettings, ParallelSettings
 from apt_train.loop import Trainer
@@ -21,6 +20,7 @@ from apt_train.optimizer import build_optimizers
 from apt_train.parallel.dims import ParallelDims, data_group
 from apt_train.parallel.parallelize import parallelize, plain
 from tests.apt_train.corpus import TextBatch, text_batch
+from tests.apt_train.ranks import spawn
 from tests.apt_train.test_loop import CONFIG, new_model
 
 STEPS = (4,) * int(os.environ.get("APT_LAYOUT_STEPS", "2"))
@@ -133,7 +133,7 @@ def found(tmp_path_factory):
     results: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for world_size, layouts in LAYOUTS.items():
         folder = tmp_path_factory.mktemp(f"of-{world_size}")
-        mp.spawn(run_rank, (world_size, str(folder)), nprocs=world_size)
+        spawn(run_rank, (world_size, str(folder)), nprocs=world_size)
         by_rank = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
         results |= {(world_size, name): [rank[name] for rank in by_rank] for name in layouts}
     return results
