@@ -113,6 +113,12 @@ def _prepare_sqlite(engine: Engine) -> None:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
+    @event.listens_for(engine, "invalidate")
+    def on_invalidate(connection: Any, record: Any, error: BaseException | None) -> None:
+        # Where work is cancelled within a statement SQLAlchemy only closes the connection. SQLite keeps one with an
+        # unfinished statement, and its lock on the file, until Python's garbage collector finds that statement.
+        connection.rollback()
+
 
 def _reason(error: SQLAlchemyError) -> str:
     """What the driver says, in a line, without the statement."""
