@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from apt_kernels.triton.launch import INTERPRETED
 
@@ -49,6 +51,38 @@ def poisoned(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return tensor
 
     return fill
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_patch_for_each_launch() -> Iterator[None]:
+    """The interpreter replaces the language's functions at a launch, and again at every call that a kernel makes.
+
+    To find that they are replaced already takes it a third of all its time: here only the first such call of a launch
+    that comes from a module like its own looks.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    languages = (interpreter.tl, interpreter.tl.core)
+    patched: set[tuple[bool, ...]] = set()
+
+    def patch_once(function: Any) -> Any:
+        visible = [value for value in function.__globals__.values() if isinstance(value, ModuleType)]
+        seen = tuple(language in visible for language in languages)
+        if seen in patched:
+            return interpreter._LangPatchScope()
+        patched.add(seen)
+        return patch_lang(function)
+
+    def launch_anew(*args: Any, **options: Any) -> None:
+        patched.clear()
+        launch(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
 
 
 @pytest.fixture
